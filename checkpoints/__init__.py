@@ -1,0 +1,37 @@
+"""Checkpoint files in and out: safetensors, GGUF, hub folders, orbax. Knows no models.
+
+Reading: `open_folder`, `open_gguf` (a `TensorSource` each), `fetch_folder`. Converting: `convert`
+and `export`, driven by tables of `Row`s. Writing: `save_safetensors`, and `store` for (config,
+params) of our own. Every unusable file is a `CheckpointError`.
+"""
+
+from checkpoints import store
+from checkpoints.digest import sha256
+from checkpoints.engine import Row, convert
+from checkpoints.errors import CheckpointError
+from checkpoints.gguf_files import GgufSource, open_gguf
+from checkpoints.hub import fetch_folder
+from checkpoints.json_files import read_json_object
+from checkpoints.safetensors_files import open_folder
+from checkpoints.save import export, save_safetensors
+from checkpoints.source import TensorInfo, TensorSource
+from checkpoints.transforms import TRANSFORMS, Transform
+
+__all__ = [
+    "TRANSFORMS",
+    "CheckpointError",
+    "GgufSource",
+    "Row",
+    "TensorInfo",
+    "TensorSource",
+    "Transform",
+    "convert",
+    "export",
+    "fetch_folder",
+    "open_folder",
+    "open_gguf",
+    "read_json_object",
+    "save_safetensors",
+    "sha256",
+    "store",
+]

@@ -1,0 +1,227 @@
+"""The converter: a table of rows, a source, and the shapes a model expects; every mismatch is an
+error, and all of them are found before the first tensor is read.
+
+Leaves out models and files: rows and expected shapes come from the caller, tensors from a
+`TensorSource`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints import buffers
+from checkpoints.errors import CheckpointError, few
+from checkpoints.source import PLAIN_FLOATS, QUANTISED, TensorSource
+from checkpoints.transforms import TRANSFORMS
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+class HasShape(Protocol):
+    """Anything with a shape: `TensorInfo`, `jax.ShapeDtypeStruct`, an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a converter table: `source` "layers.{i}.q.weight" -> `target` "layer_{i}/q".
+
+    A `{letter}` stands for a whole number. `transform` names an entry of `TRANSFORMS`.
+    `ValueError` for an unknown transform or placeholders that differ.
+    """
+
+    source: str
+    target: str
+    transform: str
+
+    def __post_init__(self) -> None:
+        if self.transform not in TRANSFORMS:
+            raise ValueError(f"unknown transform {self.transform!r}: use one of {list(TRANSFORMS)}")
+        sides = [sorted(_PLACEHOLDER.findall(side)) for side in (self.source, self.target)]
+        if sides[0] != sides[1] or len(set(sides[0])) != len(sides[0]):
+            raise ValueError(f"{self.source!r} and {self.target!r} must have the same placeholders")
+
+    def to_target(self, name: str) -> str | None:
+        """The target path of a source name, `None` if this row does not match it."""
+        return _rename(self._source_pattern, self.target, name)
+
+    def to_source(self, path: str) -> str | None:
+        """The source name of a target path, `None` if this row does not match it."""
+        return _rename(self._target_pattern, self.source, path)
+
+    @cached_property
+    def _source_pattern(self) -> re.Pattern[str]:
+        return compile_pattern(self.source)
+
+    @cached_property
+    def _target_pattern(self) -> re.Pattern[str]:
+        return compile_pattern(self.target)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern: `{x}` is a decimal without leading zeros."""
+    parts = _PLACEHOLDER.split(pattern)
+    literal = [re.escape(part) for part in parts]
+    literal[1::2] = [f"(?P<{part}>0|[1-9][0-9]{{0,8}})" for part in parts[1::2]]
+    return re.compile("".join(literal))
+
+
+def _rename(pattern: re.Pattern[str], template: str, name: str) -> str | None:
+    match = pattern.fullmatch(name)
+    return _PLACEHOLDER.sub(lambda hole: match[hole[1]], template) if match else None
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: str
+    target: str
+    transform: str
+    shape: tuple[int, ...]
+
+
+def convert(
+    source: TensorSource,
+    rows: Sequence[Row],
+    expected: Mapping[str, HasShape],
+    *,
+    dtype: Any,
+    place: Callable[[str, np.ndarray], jax.Array] | None = None,
+    check_tensors: bool = False,
+    ignore: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The nested parameter tree of `expected` (flat path -> shape), read tensor by tensor.
+
+    `place(path, array)` puts a finished array of `dtype` on its devices (default `jax.device_put`).
+    `ignore` lists source patterns to leave unread. Peak memory is the weights plus one tensor.
+    `CheckpointError` for unknown, ambiguous, doubled, absent, misshapen or non-float tensors, for
+    values that overflow `dtype`, and with `check_tensors` for NaN and infinities.
+    """
+    wanted = jnp.dtype(dtype)
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise ValueError(f"dtype must be a float type, got {wanted}")
+    flat: dict[str, Any] = {}
+    damaged: list[str] = []
+    for job in _plan(source, rows, expected, ignore):
+        array = _load(source, job, wanted)
+        if check_tensors and (count := _count_non_finite(array)):
+            damaged.append(f"{job.source} ({count} of {array.size} values)")
+        # Not jnp.asarray, which makes one more copy.
+        placed = jax.device_put(array) if place is None else place(job.target, array)
+        # Transfers run in the background; without waiting, host copies would pile up.
+        flat[job.target] = jax.block_until_ready(placed)
+        del array, placed
+    if damaged:
+        raise CheckpointError(
+            f"{source.location} has NaN or infinities in {few(damaged, 'tensor')}"
+        )
+    return _nested({path: flat[path] for path in expected})
+
+
+def _load(source: TensorSource, job: _Job, dtype: np.dtype) -> np.ndarray:
+    array = TRANSFORMS[job.transform].forward(source.read(job.source), job.shape)
+    try:
+        with np.errstate(over="raise"):
+            return _contiguous(array, dtype)
+    except FloatingPointError as error:
+        raise CheckpointError(
+            f"{source.location}: tensor {job.source!r} has values beyond the range of {dtype}: "
+            "load it as bfloat16 or float32"
+        ) from error
+
+
+def _contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if array.dtype == dtype and array.flags.c_contiguous:
+        return array
+    result = buffers.empty(array.shape, dtype)
+    np.copyto(result, array, casting="unsafe")
+    return result
+
+
+def _count_non_finite(array: np.ndarray) -> int:
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+def _plan(
+    source: TensorSource,
+    rows: Sequence[Row],
+    expected: Mapping[str, HasShape],
+    ignore: Iterable[str],
+) -> list[_Job]:
+    """What to read in file order, or one `CheckpointError` that lists every mismatch by kind."""
+    ignored = [compile_pattern(pattern) for pattern in ignore]
+    jobs: list[_Job] = []
+    extra, ambiguous, dtypes, shapes = [], [], [], []
+    for name in source.names():
+        if any(pattern.fullmatch(name) for pattern in ignored):
+            continue
+        matches = [(row, target) for row in rows if (target := row.to_target(name)) is not None]
+        if len(matches) > 1:
+            ambiguous.append(f"{name} (rows {', '.join(row.source for row, _ in matches)})")
+        elif not matches or matches[0][1] not in expected:
+            extra.append(name)
+        else:
+            row, target = matches[0]
+            jobs.append(_Job(name, target, row.transform, tuple(expected[target].shape)))
+    for job in jobs:
+        info = source.info(job.source)
+        if info.dtype not in PLAIN_FLOATS + QUANTISED:
+            dtypes.append(f"{job.source} ({info.dtype})")
+        wanted = TRANSFORMS[job.transform].source_shape(job.shape)
+        if info.shape != wanted:
+            shapes.append(f"{job.source} (found {info.shape}, expected {wanted})")
+    _refuse(
+        source.location,
+        {
+            "two rows match": ambiguous,
+            "this model has no place for": extra,
+            "two tensors set the parameter of": _doubled(jobs),
+            "the checkpoint lacks": _absent(jobs, rows, expected),
+            f"the type is none of {', '.join(PLAIN_FLOATS)} or a quantised GGUF type in": dtypes,
+            "the shape is wrong in": shapes,
+        },
+    )
+    return jobs
+
+
+def _doubled(jobs: Sequence[_Job]) -> list[str]:
+    counts = Counter(job.target for job in jobs)
+    return [f"{job.source} -> {job.target}" for job in jobs if counts[job.target] > 1]
+
+
+def _absent(
+    jobs: Sequence[_Job], rows: Sequence[Row], expected: Mapping[str, HasShape]
+) -> list[str]:
+    present = {job.target for job in jobs}
+    absent = []
+    for path in expected:
+        if path not in present:
+            names = [name for row in rows if (name := row.to_source(path)) is not None]
+            absent.append(f"{' or '.join(names) or 'no row'} -> {path}")
+    return absent
+
+
+def _refuse(location: str, mismatches: Mapping[str, list[str]]) -> None:
+    found = [f"{kind} {few(items, 'tensor')}" for kind, items in mismatches.items() if items]
+    if found:
+        raise CheckpointError(f"{location} does not fit this model: {'; '.join(found)}")
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat path -> value mapping as nested dictionaries, split at "/"."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree

@@ -1,0 +1,49 @@
+"""The mathematics of a feed-forward layer over channels, in plain jnp.
+
+    h = act(x gate^T) * (x up^T)        evaluated channels        [..., F]
+    y = (h * m) down                    m: mask over channels     [..., D]
+
+Weights are channel-major [F, D]: a channel is one contiguous row of each.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
+
+
+def gated_channels(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """h [..., F] = act(x gate^T) * (x up^T) of x [..., D] and gate, up [F, D]."""
+    # Contracting the last axes of both operands: the transposed form `x @ gate.T` runs ten times
+    # slower on the CPU backend of jax 0.12.
+    opened = ACTIVATIONS[activation](jnp.einsum("...D,FD->...F", x, gate))
+    return opened * jnp.einsum("...D,FD->...F", x, up)
+
+
+def project(h: jax.Array, down: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """y [..., D] = (h * mask) down; mask [..., F] bool broadcasts over leading axes."""
+    if mask is not None:
+        h = jnp.where(mask, h, jnp.zeros((), h.dtype))
+    return jnp.einsum("...F,FD->...D", h, down)
+
+
+def project_gathered(h: jax.Array, down: jax.Array, mask: jax.Array, count: int) -> jax.Array:
+    """`project` that reads only the `count` rows of down that each mask chooses.
+
+    h, mask [B, T, F] with exactly `count` channels on in every [b, t]; down [F, D]. Equal to
+    `project` up to the order of summation.
+    """
+    # The chosen channels in ascending order: argsort of a boolean is a stable partition.
+    rows = jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
+    rows = jnp.broadcast_to(rows, (*h.shape[:-1], count))
+    chosen = jnp.take_along_axis(h, rows, axis=-1)
+    return jnp.einsum("BTF,BTFD->BTD", chosen, jnp.take(down, rows, axis=0))

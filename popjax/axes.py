@@ -1,0 +1,140 @@
+"""The alphabet of axis letters, and the one table from parameter path to letters.
+
+From this table, with no second source, come Linen's parameter shapes, the shapes that the converter
+must produce, the partition specs of a sharded model and the documentation. It holds no sizes of any
+model: those are in `config.py`. A path that no row, or more than one row, matches is an error; there
+is no catch-all.
+
+    B batch            T query positions   S cache positions   D model width
+    N query heads      K key/value heads   G queries per K     H head size
+    F FFN channels     R retained          C candidate         V vocabulary      L layers
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from jax.sharding import PartitionSpec
+
+from popjax.config import LayerConfig, ModelConfig
+
+# Path pattern -> letters. `{i}` stands for a layer index.
+PARAMETERS: dict[str, str] = {
+    "embed/table": "VD",
+    "head/table": "VD",
+    "final_norm/scale": "D",
+    "layer_{i}/attn_norm/scale": "D",
+    "layer_{i}/attn/q": "NHD",
+    "layer_{i}/attn/k": "KHD",
+    "layer_{i}/attn/v": "KHD",
+    "layer_{i}/attn/o": "NHD",
+    "layer_{i}/attn/q_bias": "NH",
+    "layer_{i}/attn/k_bias": "KH",
+    "layer_{i}/attn/v_bias": "KH",
+    "layer_{i}/attn/o_bias": "D",
+    "layer_{i}/attn/q_norm": "H",
+    "layer_{i}/attn/k_norm": "H",
+    "layer_{i}/mlp_norm/scale": "D",
+    # Channel-major on purpose: a channel is one contiguous row, so one gather packs a partition
+    # and a pruned channel is bytes never read.
+    "layer_{i}/mlp/gate": "FD",
+    "layer_{i}/mlp/up": "FD",
+    "layer_{i}/mlp/down": "FD",
+}
+
+# Letters that a tensor-parallel mesh splits; every other letter is replicated.
+TENSOR_PARALLEL: Mapping[str, str] = {"N": "model", "K": "model", "F": "model", "V": "model"}
+
+
+@functools.cache
+def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
+    rows = []
+    for pattern, letters in PARAMETERS.items():
+        regex = re.escape(pattern).replace(re.escape("{i}"), r"(\d+)")
+        rows.append((re.compile(regex), letters))
+    return tuple(rows)
+
+
+def letters(path: str) -> str:
+    """Axis letters of the parameter at `path`, such as "FD" for "layer_3/mlp/up".
+
+    Raises ValueError when no row or more than one row of the table matches.
+    """
+    found = [axes for regex, axes in _patterns() if regex.fullmatch(path)]
+    if len(found) != 1:
+        raise ValueError(
+            f"parameter path {path!r} matches {len(found)} rows of popjax.axes.PARAMETERS, "
+            "expected exactly one: add or repair its row"
+        )
+    return found[0]
+
+
+def sizes(config: ModelConfig, layer: LayerConfig | None = None) -> dict[str, int]:
+    """Size of every letter, for the whole model or, with `layer`, inside that layer."""
+    known = {"V": config.vocab_size, "D": config.embed_dim, "L": len(config.layers)}
+    if layer is not None:
+        known |= {
+            "N": layer.num_heads,
+            "K": layer.num_kv_heads,
+            "G": layer.num_heads // layer.num_kv_heads,
+            "H": layer.head_dim,
+            "F": layer.mlp_dim,
+        }
+    return known
+
+
+def shape(path: str, config: ModelConfig) -> tuple[int, ...]:
+    """Shape of the parameter at `path`. Raises ValueError for a path outside the table."""
+    match = re.match(r"layer_(\d+)/", path)
+    known = sizes(config, config.layers[int(match.group(1))] if match else None)
+    return tuple(known[letter] for letter in letters(path))
+
+
+def _layer_paths(config: ModelConfig, layer: LayerConfig) -> Iterator[str]:
+    yield from ("attn_norm/scale", "attn/q", "attn/k", "attn/v", "attn/o")
+    if config.qkv_bias:
+        yield from ("attn/q_bias", "attn/k_bias", "attn/v_bias")
+    if config.o_bias:
+        yield "attn/o_bias"
+    if config.qk_norm:
+        yield from ("attn/q_norm", "attn/k_norm")
+    yield from ("mlp_norm/scale", "mlp/gate", "mlp/up", "mlp/down")
+
+
+def parameter_paths(config: ModelConfig) -> tuple[str, ...]:
+    """Every parameter path that a model of this config holds, in order of use."""
+    paths = ["embed/table"]
+    for i, layer in enumerate(config.layers):
+        paths += [f"layer_{i}/{name}" for name in _layer_paths(config, layer)]
+    paths.append("final_norm/scale")
+    if not config.tie_embeddings:
+        paths.append("head/table")
+    return tuple(paths)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter that a model of this config holds."""
+    return {path: shape(path, config) for path in parameter_paths(config)}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters; a tied output head counts once."""
+    return sum(math.prod(dims) for dims in parameter_shapes(config).values())
+
+
+def partition_spec(path: str, rules: Mapping[str, str] = TENSOR_PARALLEL) -> PartitionSpec:
+    """Partition spec of the parameter at `path` under `rules` (letter -> mesh axis).
+
+    Raises ValueError when two letters of one parameter would use the same mesh axis.
+    """
+    axes = [rules.get(letter) for letter in letters(path)]
+    used = [axis for axis in axes if axis is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(
+            f"parameter {path!r} ({letters(path)}) would use one mesh axis twice under {dict(rules)}: "
+            "give each of its letters an axis of its own"
+        )
+    return PartitionSpec(*axes)

@@ -1,0 +1,193 @@
+"""What a Hugging Face family is to popjax: a config mapping and converter rows, nothing else.
+
+Helpers here read one value each from a raw config.json (both the `rope_theta`/`rope_scaling` form of
+older files and the `rope_parameters` form of newer ones). Left out: any code that runs a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from checkpoints import Row
+from popjax.config import LayerConfig, ModelConfig, RopeConfig, check_size
+
+ATTENTION_NORM = "layer_{i}/attn_norm/scale"
+MLP_NORM = "layer_{i}/mlp_norm/scale"
+
+# Names that every Llama-shaped family shares; transforms are those of `checkpoints`.
+HF_ROWS = (
+    Row("model.embed_tokens.weight", "embed/table", "same"),
+    Row("model.layers.{i}.input_layernorm.weight", ATTENTION_NORM, "same"),
+    Row("model.layers.{i}.self_attn.q_proj.weight", "layer_{i}/attn/q", "split"),
+    Row("model.layers.{i}.self_attn.k_proj.weight", "layer_{i}/attn/k", "split"),
+    Row("model.layers.{i}.self_attn.v_proj.weight", "layer_{i}/attn/v", "split"),
+    Row("model.layers.{i}.self_attn.o_proj.weight", "layer_{i}/attn/o", "transpose_split"),
+    Row("model.layers.{i}.post_attention_layernorm.weight", MLP_NORM, "same"),
+    Row("model.layers.{i}.mlp.gate_proj.weight", "layer_{i}/mlp/gate", "same"),
+    Row("model.layers.{i}.mlp.up_proj.weight", "layer_{i}/mlp/up", "same"),
+    Row("model.layers.{i}.mlp.down_proj.weight", "layer_{i}/mlp/down", "transpose"),
+    Row("model.norm.weight", "final_norm/scale", "same"),
+    Row("lm_head.weight", "head/table", "same"),
+)
+HF_QKV_BIAS_ROWS = tuple(
+    Row(f"model.layers.{{i}}.self_attn.{x}_proj.bias", f"layer_{{i}}/attn/{x}_bias", "split")
+    for x in "qkv"
+)
+HF_O_BIAS_ROW = Row("model.layers.{i}.self_attn.o_proj.bias", "layer_{i}/attn/o_bias", "same")
+HF_QK_NORM_ROWS = tuple(
+    Row(f"model.layers.{{i}}.self_attn.{x}_norm.weight", f"layer_{{i}}/attn/{x}_norm", "same")
+    for x in "qk"
+)
+
+# GGUF names, with rotary pairs in Hugging Face order (qwen2, qwen3).
+GGUF_ROWS = (
+    Row("token_embd.weight", "embed/table", "same"),
+    Row("blk.{i}.attn_norm.weight", ATTENTION_NORM, "same"),
+    Row("blk.{i}.attn_q.weight", "layer_{i}/attn/q", "split"),
+    Row("blk.{i}.attn_k.weight", "layer_{i}/attn/k", "split"),
+    Row("blk.{i}.attn_v.weight", "layer_{i}/attn/v", "split"),
+    Row("blk.{i}.attn_output.weight", "layer_{i}/attn/o", "transpose_split"),
+    Row("blk.{i}.ffn_norm.weight", MLP_NORM, "same"),
+    Row("blk.{i}.ffn_gate.weight", "layer_{i}/mlp/gate", "same"),
+    Row("blk.{i}.ffn_up.weight", "layer_{i}/mlp/up", "same"),
+    Row("blk.{i}.ffn_down.weight", "layer_{i}/mlp/down", "transpose"),
+    Row("output_norm.weight", "final_norm/scale", "same"),
+    Row("output.weight", "head/table", "same"),
+)
+GGUF_QKV_BIAS_ROWS = tuple(
+    Row(f"blk.{{i}}.attn_{x}.bias", f"layer_{{i}}/attn/{x}_bias", "split") for x in "qkv"
+)
+GGUF_QK_NORM_ROWS = tuple(
+    Row(f"blk.{{i}}.attn_{x}_norm.weight", f"layer_{{i}}/attn/{x}_norm", "same") for x in "qk"
+)
+
+
+def permuted(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows with q and k un-permuted: GGUF's llama stores rotary pairs interleaved."""
+    rotary = tuple(f"layer_{{i}}/attn/{x}{part}" for x in "qk" for part in ("", "_bias"))
+    return tuple(
+        dataclasses.replace(row, transform="unpermute_split") if row.target in rotary else row
+        for row in rows
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A Hugging Face `model_type`: how its config.json reads and how its tensors are named."""
+
+    model_type: str
+    config: Callable[[dict[str, Any]], ModelConfig]
+    hf_rows: tuple[Row, ...]
+    gguf_rows: tuple[Row, ...]
+    gguf_architecture: str
+
+
+def required(raw: dict[str, Any], key: str, limit: str) -> int:
+    """A size that config.json must state. Raises ValueError when absent or absurd."""
+    if key not in raw:
+        raise ValueError(f"config.json lacks {key!r}: the file is incomplete")
+    check_size(limit, raw[key])
+    return raw[key]
+
+
+def rope_config(raw: dict[str, Any], default_theta: float = 10_000.0) -> RopeConfig:
+    """Rotary settings of a raw config. Raises ValueError for scalings that are not supported."""
+    values = dict(raw.get("rope_parameters") or {}) or dict(raw.get("rope_scaling") or {})
+    theta = float(values.get("rope_theta", raw.get("rope_theta", default_theta)))
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, kind, float(values["factor"]))
+    if kind == "llama3":
+        return RopeConfig(
+            theta,
+            kind,
+            float(values["factor"]),
+            float(values["low_freq_factor"]),
+            float(values["high_freq_factor"]),
+            int(values["original_max_position_embeddings"]),
+        )
+    raise ValueError(
+        f"rope scaling {kind!r} is not supported: popjax reads default, linear and llama3"
+    )
+
+
+def decoder_config(
+    raw: dict[str, Any],
+    family: str,
+    windows: Callable[[int], int | None] = lambda i: None,
+    **fields: Any,
+) -> ModelConfig:
+    """ModelConfig of a Llama-shaped raw config; `windows` gives each layer's sliding window.
+
+    `fields` override or add fields of ModelConfig. Raises ValueError naming the bad value.
+    """
+    num_layers = required(raw, "num_hidden_layers", "num_layers")
+    embed_dim = required(raw, "hidden_size", "embed_dim")
+    num_heads = required(raw, "num_attention_heads", "num_heads")
+    rope = rope_config(raw)
+    layers = tuple(
+        LayerConfig(
+            num_heads=num_heads,
+            num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+            head_dim=raw.get("head_dim") or _head_dim(embed_dim, num_heads),
+            mlp_dim=required(raw, "intermediate_size", "mlp_dim"),
+            window=windows(i),
+            rope=rope,
+        )
+        for i in range(num_layers)
+    )
+    known: dict[str, Any] = {
+        "family": family,
+        "vocab_size": required(raw, "vocab_size", "vocab_size"),
+        "embed_dim": embed_dim,
+        "layers": layers,
+        "max_positions": raw.get("max_position_embeddings", 2048),
+        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "activation": activation(raw.get("hidden_act", "silu")),
+        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
+    }
+    return ModelConfig(**{**known, **fields})
+
+
+def _head_dim(embed_dim: int, num_heads: int) -> int:
+    if embed_dim % num_heads:
+        raise ValueError(
+            f"hidden_size {embed_dim} is not a multiple of num_attention_heads {num_heads} "
+            "and config.json states no head_dim: add head_dim"
+        )
+    return embed_dim // num_heads
+
+
+def activation(name: str) -> str:
+    """popjax's name of a Hugging Face activation. Raises ValueError for an unknown one."""
+    names = {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "relu": "relu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_new": "gelu_tanh",
+    }
+    if name not in names:
+        raise ValueError(f"hidden_act {name!r} is not supported: one of {sorted(names)} is")
+    return names[name]
+
+
+def listed_windows(raw: dict[str, Any], from_layer: int) -> Callable[[int], int | None]:
+    """Window of each layer where `layer_types`, or failing that `from_layer`, says which slide."""
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
+    kinds = raw.get("layer_types")
+    if kinds is not None and len(kinds) != raw["num_hidden_layers"]:
+        raise ValueError(
+            f"layer_types has {len(kinds)} entries for {raw['num_hidden_layers']} layers: repair it"
+        )
+
+    def of_layer(i: int) -> int | None:
+        slides = kinds[i] == "sliding_attention" if kinds is not None else i >= from_layer
+        return window if slides else None
+
+    return of_layer

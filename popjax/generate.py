@@ -1,0 +1,275 @@
+"""The functional core of generation: prefill -> plan -> pack -> decode, tokens in, tokens out.
+
+Every phase is one compiled program over explicit parameters, partition and masks. Lengths are rounded
+up to buckets, so a second prompt of a bucket compiles nothing. Text, checkpoints and reports are
+elsewhere (`model.py`, `report.py`); `run.py` drives the phases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from popjax import cache as kv
+from popjax.config import ModelConfig
+from popjax.methods import Method
+from popjax.nn.transformer import Inputs, Outputs, Transformer
+from popjax.program import Program
+from popjax.sampling import SamplingFlags, SamplingValues, choose, processed
+from popjax.sparsity import Params, Partitions, Plan
+
+Masks = tuple[jax.Array, ...]
+
+
+@struct.dataclass
+class DecodeState:
+    """Everything that one decode step hands to the next; M is the bucket of new tokens.
+
+    tokens [B, M] int32 so far, last [B] the token to feed next at positions [B], done [B] rows that
+    met an end token, step (scalar) tokens out per row, keys [B]. Optional: logprobs [B, M], logits
+    [B, M, V], masks [M-1, B, R+C] a layer (entry i made token i+1), seen [B, V].
+    """
+
+    tokens: jax.Array
+    last: jax.Array
+    positions: jax.Array
+    done: jax.Array
+    step: jax.Array
+    keys: jax.Array
+    cache: kv.Cache
+    logprobs: jax.Array | None
+    logits: jax.Array | None
+    masks: Masks | None
+    seen: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Static switches of a run: which by-products are kept, and how the FFN is computed."""
+
+    logprobs: bool = False
+    logits: bool = False
+    record_masks: bool = False
+    implementation: str | None = None
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The least of 16, 24, 32, 48, 64, 96, ... that holds `length`: few compiles, little padding."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
+def left_padded(prompts: Sequence[Sequence[int]], length: int | None = None) -> Inputs:
+    """Inputs [B, T] of token lists, right-aligned in a bucket (or `length`), pads at position -1.
+
+    Raises ValueError for an empty prompt.
+    """
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty or not prompts:
+        raise ValueError(f"prompt {empty[0] if empty else 0} has no tokens: give at least one")
+    T = bucket(max(len(prompt) for prompt in prompts)) if length is None else length
+    tokens = np.zeros((len(prompts), T), np.int32)
+    positions = np.full((len(prompts), T), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, T - len(prompt) :] = prompt
+        positions[row, T - len(prompt) :] = np.arange(len(prompt))
+    return Inputs(jnp.asarray(tokens), jnp.asarray(positions))
+
+
+def prefill(
+    params: Params,
+    inputs: Inputs,
+    partition: Partitions | None,
+    *,
+    config: ModelConfig,
+    method: Method,
+    capacity: int,
+) -> Outputs:
+    """Run the prompt into a fresh cache of `capacity` slots; logits [B, V] of its last token."""
+    model = Transformer(config, method)
+    dtype = params["embed"]["table"].dtype
+    cache = kv.empty(config, inputs.tokens.shape[0], capacity, dtype)
+    return model.apply({"params": params}, inputs, cache, partition, method="prefill")
+
+
+def make_plan(
+    statistics: tuple[Any, ...], *, config: ModelConfig, method: Method
+) -> tuple[Plan, jax.Array]:
+    """The method's plan, and whether each layer's statistic is finite [L]."""
+    finite = [
+        jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(statistic)]))
+        if jax.tree.leaves(statistic)
+        else jnp.bool_(True)
+        for statistic in statistics
+    ]
+    return method.plan(config, statistics), jnp.stack(finite)
+
+
+def score(
+    params: Params,
+    inputs: Inputs,
+    cache: kv.Cache,
+    partition: Partitions | None,
+    *,
+    config: ModelConfig,
+    method: Method,
+) -> jax.Array:
+    """Logits [B, T, V] of given tokens decoded after a prefill, each masked as its own step."""
+    model = Transformer(config, method)
+    arguments = (inputs, cache, partition, None, True)
+    return model.apply({"params": params}, *arguments, method="decode").logits
+
+
+def emit(
+    state: DecodeState, logits: jax.Array, values: SamplingValues, flags: SamplingFlags
+) -> DecodeState:
+    """The state with one more token a row, chosen from logits [B, V]. Finished rows stay as is."""
+    step = state.step
+    chosen = choose(processed(logits, state.seen, values, flags, step), state.keys, flags, step)
+    token = jnp.where(state.done, 0, chosen)
+    ended = jnp.any(token[:, None] == values.eos_ids[None, :], axis=-1)
+    rows = jnp.arange(token.shape[0])
+
+    def at_step(buffer: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(buffer, value, step, axis=1)
+
+    logprobs = state.logprobs
+    if logprobs is not None:
+        logprobs = at_step(logprobs, jax.nn.log_softmax(logits, axis=-1)[rows, token])
+    return state.replace(
+        tokens=at_step(state.tokens, token),
+        last=token,
+        done=state.done | ended,
+        step=step + 1,
+        logprobs=logprobs,
+        logits=None if state.logits is None else at_step(state.logits, logits),
+        seen=None if state.seen is None else state.seen.at[rows, token].set(True),
+    )
+
+
+def start(
+    cache: kv.Cache,
+    logits: jax.Array,
+    inputs: Inputs,
+    keys: jax.Array,
+    masks: Masks | None,
+    values: SamplingValues,
+    *,
+    flags: SamplingFlags,
+    options: Options,
+    room: int,
+) -> DecodeState:
+    """The decode state after prefill: buffers for `room` tokens, the first one from logits [B, V]."""
+    B, V = logits.shape
+    seen = None
+    if flags.penalty:
+        real = jnp.where(inputs.positions >= 0, inputs.tokens, V)
+        seen = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], real].set(True, mode="drop")
+    state = DecodeState(
+        tokens=jnp.zeros((B, room), jnp.int32),
+        last=jnp.zeros((B,), jnp.int32),
+        positions=inputs.positions[:, -1] + 1,
+        done=jnp.zeros((B,), bool),
+        step=jnp.zeros((), jnp.int32),
+        keys=keys,
+        cache=cache,
+        logprobs=jnp.zeros((B, room), jnp.float32) if options.logprobs else None,
+        logits=jnp.zeros((B, room, V), jnp.float32) if options.logits else None,
+        masks=masks,
+        seen=seen,
+    )
+    return emit(state, logits, values, flags)
+
+
+def decode(
+    state: DecodeState,
+    params: Params,
+    partition: Partitions | None,
+    replay: Masks | None,
+    values: SamplingValues,
+    until: jax.Array,
+    *,
+    config: ModelConfig,
+    method: Method,
+    flags: SamplingFlags,
+    options: Options,
+) -> DecodeState:
+    """Decode until `until` tokens are out or every row is done; the same program serves streaming.
+
+    Reads only the parameters given, so packed ones make it touch only R u C. `replay` masks
+    [steps, B or 1, R+C] a layer replace the method's own.
+    """
+    model = Transformer(config, method, options.implementation)
+
+    def going(state: DecodeState) -> jax.Array:
+        return (state.step < until) & ~jnp.all(state.done)
+
+    def step(state: DecodeState) -> DecodeState:
+        # A finished row is padding from here on: position -1, never attended, never counted.
+        positions = jnp.where(state.done, -1, state.positions)
+        inputs = Inputs(state.last[:, None], positions[:, None])
+        recorded = None if replay is None else tuple(m[state.step - 1][:, None, :] for m in replay)
+        variables = {"params": params}
+        out = model.apply(variables, inputs, state.cache, partition, recorded, method="decode")
+        masks = _record(state.masks, out.masks, state.step)
+        state = state.replace(cache=out.cache, positions=state.positions + 1, masks=masks)
+        return emit(state, out.logits, values, flags)
+
+    return jax.lax.while_loop(going, step, state)
+
+
+def _record(kept: Masks | None, used: tuple, step: jax.Array) -> Masks | None:
+    if kept is None:
+        return None
+    written = []
+    for buffer, mask in zip(kept, used, strict=True):
+        mask = jnp.bool_(True) if mask is None else mask[:, 0, :]
+        mask = jnp.broadcast_to(mask, buffer.shape[1:])
+        written.append(jax.lax.dynamic_update_index_in_dim(buffer, mask, step - 1, axis=0))
+    return tuple(written)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of the core. One set a process is enough: they hold no weights."""
+
+    prefill: Program = dataclasses.field(
+        default_factory=lambda: Program(prefill, static=("config", "method", "capacity"))
+    )
+    plan: Program = dataclasses.field(
+        default_factory=lambda: Program(make_plan, static=("config", "method"))
+    )
+    score: Program = dataclasses.field(
+        default_factory=lambda: Program(score, static=("config", "method"))
+    )
+    start: Program = dataclasses.field(
+        default_factory=lambda: Program(start, static=("flags", "options", "room"), donate=(0,))
+    )
+    decode: Program = dataclasses.field(
+        default_factory=lambda: Program(
+            decode, static=("config", "method", "flags", "options"), donate=(0,)
+        )
+    )
+
+    def _all(self) -> tuple[Program, ...]:
+        return (self.prefill, self.plan, self.score, self.start, self.decode)
+
+    @property
+    def compilations(self) -> int:
+        return sum(program.compilations for program in self._all())
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(program.compile_seconds for program in self._all())
+
+
+# Shared by all models of the process, as jit's own cache would be.
+PROGRAMS = Programs()

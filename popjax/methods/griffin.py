@@ -1,0 +1,41 @@
+"""GRIFFIN (ICML 2024; its released code): a dense prompt picks the channels that decode keeps.
+
+Each token's activations are normalised first, so that loud tokens do not outvote the rest, and no
+weight enters the score. As released it serves batch 1; here the batch's tokens vote together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from popjax.config import ModelConfig
+from popjax.methods.method import LayerActs, Method, check_share
+from popjax.methods.scores import token_norms
+from popjax.sparsity import Params, Plan, channel_budget, partition_by_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Griffin(Method):
+    """Keep the (1 - ratio) F channels with the largest || {H_ti / ||H_t||_2}_t ||_2.
+
+    Raises ValueError for a ratio outside 0..1.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        check_share("ratio", self.ratio)
+
+    def observe(self, params: Params, acts: LayerActs) -> jax.Array:
+        h = acts.counted_channels()
+        lengths = jnp.sqrt(jnp.sum(h * h, axis=-1, keepdims=True))
+        # A pad token is all zero: it stays zero instead of dividing by nothing.
+        return token_norms(h / jnp.where(lengths > 0, lengths, 1.0))
+
+    def plan(self, config: ModelConfig, statistics: tuple[jax.Array, ...]) -> Plan:
+        pairs = zip(statistics, config.layers, strict=True)
+        budgets = ((s, channel_budget(layer.mlp_dim, self.ratio)) for s, layer in pairs)
+        return Plan(tuple(partition_by_rank(s, budget) for s, budget in budgets))

@@ -1,0 +1,93 @@
+"""The interface of a sparsity method: observe each layer in prefill, plan once, mask at every step.
+
+A method is a frozen dataclass, hashable and static under jit. It returns indices and masks; it never
+touches shapes, weights or caches. Every default does nothing, so the base class is dense decoding.
+Subclasses are final: they override defaults, never each other's code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masked_mlp import gated_channels
+from popjax.config import LayerConfig, ModelConfig
+from popjax.sparsity import ChannelPartition, Params, Plan
+
+
+class LayerActs:
+    """What one layer shows to `observe` during prefill.
+
+    x [B, T, D] normed FFN input; residual [B, T, D] the stream it came from; valid [B, T] non-pad
+    tokens. Channel activations are evaluated when first asked for: a statistic that does without
+    them leaves the layer free to evaluate only the channels that are kept.
+    """
+
+    def __init__(
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        valid: jax.Array,
+        params: Params,
+        activation: str,
+    ) -> None:
+        self.x, self.residual, self.valid = x, residual, valid
+        self.activation = activation
+        self._params = params
+        self._h: jax.Array | None = None
+
+    @property
+    def evaluated(self) -> bool:
+        return self._h is not None
+
+    def channels(self) -> jax.Array:
+        """h [B, T, F] = act(x gate^T) * (x up^T), pads included."""
+        if self._h is None:
+            self._h = gated_channels(
+                self.x, self._params["gate"], self._params["up"], self.activation
+            )
+        return self._h
+
+    def counted_channels(self) -> jax.Array:
+        """h [B, T, F] in float32 with the rows of pad tokens zero, so that pads never count."""
+        h = self.channels().astype(jnp.float32)
+        return jnp.where(self.valid[:, :, None], h, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Dense decoding, and the five functions that a sparsity method overrides."""
+
+    def for_model(self, config: ModelConfig) -> Method:
+        """This method with model-dependent settings resolved; ValueError if it cannot apply."""
+        return self
+
+    def observe(self, params: Params, acts: LayerActs) -> Any:
+        """Statistic of one layer during prefill (any pytree of arrays)."""
+        return ()
+
+    def prefill_partition(
+        self, statistic: Any, layer: LayerConfig, given: ChannelPartition | None
+    ) -> ChannelPartition | None:
+        """Channels that reach this layer's output during prefill; None for all of them.
+
+        `given` is a partition that the caller supplied for this layer.
+        """
+        return None
+
+    def plan(self, config: ModelConfig, statistics: tuple[Any, ...]) -> Plan:
+        """The decision for this prompt, from the statistics of all layers together."""
+        return Plan()
+
+    def mask(self, h: jax.Array, partition: ChannelPartition) -> jax.Array | None:
+        """Step masks [B or 1, T, R+C] from evaluated channels h [B, T, R+C]; None: all on."""
+        return None
+
+
+def check_share(name: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
+    """Raise ValueError unless `value` is a number within low..high."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} {value!r} is outside {low:g}..{high:g}: give a share in that range")

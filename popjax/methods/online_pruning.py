@@ -1,0 +1,109 @@
+"""Partition-guided Online Pruning (arXiv 2602.06822), for dense FFNs.
+
+The prompt ranks each layer's channels; the extremes are frozen for this prompt (retained R, pruned
+P) and only the band between them (candidate C) is re-decided from the activations of every new
+token. Decoding evaluates gate and up on R u C, and projects down from R and the chosen candidates.
+Not here: experts, and any refresh of R, C, P while generating (the paper has none).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from popjax.config import LayerConfig, ModelConfig
+from popjax.methods.method import LayerActs, Method, check_share
+from popjax.methods.probe import probe_acts
+from popjax.methods.scores import SCORES, channel_scores, step_scores
+from popjax.sparsity import (
+    ChannelBudget,
+    ChannelPartition,
+    Params,
+    Plan,
+    channel_budget,
+    ffn_ratio,
+    partition_by_rank,
+    select_top,
+)
+
+PREFILLS = ("partition", "dense", "probe")
+BANDS = ("half", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlinePruning(Method):
+    """Prune `ratio` of the FFN channels per token, guided by a partition made from the prompt.
+
+    ratio: share of FFN channels removed; or model_ratio: share of attention plus FFN parameters,
+      turned into an FFN ratio by r = PR (A + F) / F (derived from Table 8).
+    gamma: share of channels in the candidate band (paper: 0.1). band "half" takes delta = gamma/2
+      [inferred], "full" takes delta = gamma.
+    prefill: "partition" lets only R u C reach each layer's output [inferred], in one pass, "dense"
+      runs the prompt unpruned, "probe" scores a part of the prompt and evaluates only R u C.
+    score: "down" (default), "gate-up" or "activation": see `methods.scores`.
+    batch_shared: one step mask for the batch, the paper's protocol; per row by default.
+    The partition is always shared by the batch, since packed weights are: it is computed from the
+    non-pad tokens of all rows. Raises ValueError for values outside their range.
+    """
+
+    ratio: float | None = None
+    model_ratio: float | None = None
+    gamma: float = 0.1
+    band: str = "half"
+    prefill: str = "partition"
+    score: str = "down"
+    batch_shared: bool = False
+    granularity: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.model_ratio is None):
+            raise ValueError(
+                f"give exactly one of ratio (FFN) and model_ratio (whole model), "
+                f"got ratio={self.ratio} and model_ratio={self.model_ratio}"
+            )
+        check_share("ratio", self.ratio if self.ratio is not None else 0.0)
+        check_share("model_ratio", self.model_ratio if self.model_ratio is not None else 0.0)
+        check_share("gamma", self.gamma)
+        if self.granularity < 1:
+            raise ValueError(f"granularity {self.granularity} is below 1: use 1, or 128 for lanes")
+        for name, allowed in (("prefill", PREFILLS), ("score", SCORES), ("band", BANDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {allowed}")
+
+    @property
+    def delta(self) -> float:
+        return self.gamma / 2 if self.band == "half" else self.gamma
+
+    def for_model(self, config: ModelConfig) -> OnlinePruning:
+        if self.model_ratio is None:
+            return self
+        ratio = ffn_ratio(config, self.model_ratio)
+        return dataclasses.replace(self, ratio=ratio, model_ratio=None)
+
+    def budget(self, mlp_dim: int) -> ChannelBudget:
+        assert self.ratio is not None, "for_model() resolves model_ratio"
+        return channel_budget(mlp_dim, self.ratio, self.delta, self.granularity)
+
+    def observe(self, params: Params, acts: LayerActs) -> jax.Array:
+        if self.prefill == "probe":
+            acts = probe_acts(params, acts)
+        return channel_scores(params, acts, self.score)
+
+    def prefill_partition(
+        self, statistic: jax.Array, layer: LayerConfig, given: ChannelPartition | None
+    ) -> ChannelPartition | None:
+        if self.prefill == "dense":
+            return None
+        return partition_by_rank(statistic, self.budget(layer.mlp_dim)) if given is None else given
+
+    def plan(self, config: ModelConfig, statistics: tuple[jax.Array, ...]) -> Plan:
+        pairs = zip(statistics, config.layers, strict=True)
+        return Plan(tuple(partition_by_rank(s, self.budget(y.mlp_dim)) for s, y in pairs))
+
+    def mask(self, h: jax.Array, partition: ChannelPartition) -> jax.Array | None:
+        if partition.k_selected == partition.num_candidate:
+            return None
+        weighted = self.score != "activation"
+        scores = step_scores(h, partition, weighted=weighted, shared=self.batch_shared)
+        return partition.with_retained(select_top(scores, partition.k_selected))

@@ -1,0 +1,47 @@
+"""RescoreAll: every channel is a candidate at every step; an upper bound on quality, not a saving.
+
+Variant 2 of arXiv 2602.06822 (section 5, Table 6): gate and up are evaluated on all F channels, only
+the down projection is spared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from popjax.config import LayerConfig, ModelConfig
+from popjax.methods.method import Method, check_share
+from popjax.methods.scores import step_scores
+from popjax.sparsity import ChannelPartition, Plan, channel_budget, select_top
+
+
+@dataclasses.dataclass(frozen=True)
+class RescoreAll(Method):
+    """Let each token use its own best (1 - ratio) F channels; the prompt runs dense.
+
+    batch_shared: one mask for the batch. Raises ValueError for a ratio outside 0..1.
+    """
+
+    ratio: float
+    batch_shared: bool = False
+
+    def __post_init__(self) -> None:
+        check_share("ratio", self.ratio)
+
+    def plan(self, config: ModelConfig, statistics: tuple[object, ...]) -> Plan:
+        return Plan(tuple(self._partition(layer) for layer in config.layers))
+
+    def _partition(self, layer: LayerConfig) -> ChannelPartition:
+        return ChannelPartition(
+            retained=jnp.zeros((0,), jnp.int32),
+            candidate=jnp.arange(layer.mlp_dim, dtype=jnp.int32),
+            k_selected=channel_budget(layer.mlp_dim, self.ratio).active,
+        )
+
+    def mask(self, h: jax.Array, partition: ChannelPartition) -> jax.Array | None:
+        if partition.k_selected == partition.num_candidate:
+            return None
+        scores = step_scores(h, partition, weighted=True, shared=self.batch_shared)
+        return partition.with_retained(select_top(scores, partition.k_selected))

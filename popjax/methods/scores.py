@@ -1,0 +1,52 @@
+"""Channel importance: the statistics that prompt-time methods rank by, and the step-time score.
+
+All in float32. `H` [B, T, F] are the channel activations of the prompt's real tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from popjax.methods.method import LayerActs
+from popjax.sparsity import ChannelPartition, Params, down_norms
+
+SCORES = ("down", "gate-up", "activation")
+
+
+def token_norms(h: jax.Array) -> jax.Array:
+    """||H_i||_2 [F] over the batch and the tokens of h [B, T, F]."""
+    return jnp.sqrt(jnp.sum(h * h, axis=(0, 1)))
+
+
+def channel_scores(params: Params, acts: LayerActs, kind: str) -> jax.Array:
+    """Importance [F] of each channel for the prompt (arXiv 2602.06822 Eq. 3).
+
+    "down": ||H_i||_2 ||Wd_i||_2, W being the down projection, which is how we read Eq. 3 [inferred].
+    "gate-up": sqrt(sum_k (Wg_ik^2 + Wu_ik^2) ||x_k||^2), the literal reading [inferred], kept as an
+    ablation. "activation": ||H_i||_2 with no weight.
+    """
+    if kind == "gate-up":
+        x = jnp.where(acts.valid[:, :, None], acts.x.astype(jnp.float32), 0.0)
+        energy = jnp.sum(x * x, axis=(0, 1))
+        squares = params["gate"].astype(jnp.float32) ** 2 + params["up"].astype(jnp.float32) ** 2
+        return jnp.sqrt(jnp.einsum("FD,D->F", squares, energy))
+    norms = token_norms(acts.counted_channels())
+    return norms * down_norms(params["down"]) if kind == "down" else norms
+
+
+def step_scores(
+    h: jax.Array, partition: ChannelPartition, *, weighted: bool, shared: bool
+) -> jax.Array:
+    """Score [B or 1, T, C] of the candidates from the evaluated channels h [B, T, R+C] of T steps.
+
+    |h_i| ||Wd_i||_2, or |h_i| unweighted; `shared` takes the L2 norm over the batch first, which
+    gives one mask for all rows as in the paper.
+    """
+    magnitude = jnp.abs(partition.candidates_of(h).astype(jnp.float32))
+    if shared:
+        magnitude = jnp.sqrt(jnp.sum(magnitude * magnitude, axis=0, keepdims=True))
+    if weighted:
+        assert partition.candidate_norm is not None, "pack() fills in candidate_norm"
+        magnitude = magnitude * partition.candidate_norm[None, None, :]
+    return magnitude

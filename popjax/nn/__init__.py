@@ -1,0 +1,1 @@
+"""The neural network: pure functions (`ops`), Linen shells over them (`layers`), `transformer`."""

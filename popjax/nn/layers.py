@@ -1,0 +1,158 @@
+"""Linen shells: they declare the parameters that the axes table lists and call `ops`.
+
+Left out: what is pruned. The MLP asks the method; attention does not know of methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masked_mlp import gated_channels, masked_mlp, project
+from popjax import axes
+from popjax.cache import LayerCache, write_layer
+from popjax.config import LayerConfig, ModelConfig
+from popjax.methods.method import LayerActs, Method
+from popjax.nn import ops
+from popjax.sparsity import ChannelPartition, Params, pack_layer
+
+RopeTable = tuple[jax.Array, jax.Array]
+
+
+def declare(module: nn.Module, name: str, config: ModelConfig) -> jax.Array:
+    """The parameter `name` of `module`, shaped by the axes table from the module's own path."""
+    path = "/".join((*module.path, name))
+    shape = axes.shape(path, config)
+    if name == "scale" or name.endswith("_norm"):
+        init: Callable = nn.initializers.ones
+    elif name.endswith("_bias"):
+        init = nn.initializers.zeros
+    else:
+        init = nn.initializers.normal(0.02)
+    return module.param(name, init, shape)
+
+
+class Norm(nn.Module):
+    """RMS norm with a scale [D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.rms_norm(x, declare(self, "scale", self.config), self.config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one layer over its cache."""
+
+    config: ModelConfig
+    layer: LayerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: LayerCache,
+        slot: jax.Array,
+        table: RopeTable,
+        positions: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, LayerCache]:
+        """x [B, T, D] at query positions [B, T] attends to key positions [B, S] -> [B, T, D]."""
+        q, k, v = (self._heads(x, name) for name in "qkv")
+        if self.config.qk_norm:
+            q = ops.rms_norm(q, declare(self, "q_norm", self.config), self.config.norm_eps)
+            k = ops.rms_norm(k, declare(self, "k_norm", self.config), self.config.norm_eps)
+        q, k = ops.rotate(q, table), ops.rotate(k, table)
+        cache = write_layer(cache, k, v, slot)
+        B, T, N, H = q.shape
+        grouped = q.reshape(B, T, self.layer.num_kv_heads, -1, H)
+        out = ops.blocked_attention(grouped, cache.k, cache.v, *positions, self.layer.window)
+        o = declare(self, "o", self.config)
+        y = jnp.einsum("BTNH,NHD->BTD", out.reshape(B, T, N, H), o)
+        if self.config.o_bias:
+            y = y + declare(self, "o_bias", self.config)[None, None, :]
+        return y, cache
+
+    def _heads(self, x: jax.Array, name: str) -> jax.Array:
+        y = jnp.einsum("BTD,NHD->BTNH", x, declare(self, name, self.config))
+        if self.config.qkv_bias:
+            y = y + declare(self, f"{name}_bias", self.config)[None, None, :, :]
+        return y
+
+
+class Mlp(nn.Module):
+    """Gated feed-forward layer whose channels a method may observe, partition and mask."""
+
+    config: ModelConfig
+    layer: LayerConfig
+    method: Method
+    implementation: str | None = None
+
+    def setup(self) -> None:
+        self.gate = declare(self, "gate", self.config)
+        self.up = declare(self, "up", self.config)
+        self.down = declare(self, "down", self.config)
+
+    def _weights(self) -> Params:
+        return {"gate": self.gate, "up": self.up, "down": self.down}
+
+    def prefill(
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        valid: jax.Array,
+        given: ChannelPartition | None,
+    ) -> tuple[jax.Array, object]:
+        """FFN output [B, T, D] of prompt tokens and the method's statistic of this layer.
+
+        x is the normed input [B, T, D], residual the layer's stream, valid [B, T] the non-pad
+        tokens. `given` replaces the partition that the method would choose here.
+        """
+        weights, activation = self._weights(), self.config.activation
+        acts = LayerActs(x, residual, valid, weights, activation)
+        statistic = self.method.observe(weights, acts)
+        part = self.method.prefill_partition(statistic, self.layer, given)
+        if part is None or part.evaluated == self.layer.mlp_dim:
+            return project(acts.channels(), self.down), statistic
+        if acts.evaluated:
+            # Every channel was needed for the statistic: only the projection can be spared.
+            return project(acts.channels(), self.down, part.kept_mask(self.layer.mlp_dim)), statistic
+        kept, _ = pack_layer(weights, part, self.layer.mlp_dim)
+        h = gated_channels(x, kept["gate"], kept["up"], activation)
+        return project(h, kept["down"]), statistic
+
+    def decode(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        part: ChannelPartition | None,
+        recorded: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """FFN output [B, T, D] of new tokens and the mask [B or 1, T, R+C] they used (None: all on).
+
+        Every token is masked on its own, so T teacher-forced tokens equal T single steps.
+        `recorded` [B, T, R+C] replaces the mask that the method would choose.
+        """
+
+        def select(h: jax.Array) -> jax.Array | None:
+            if part is None:
+                return None
+            if recorded is not None:
+                return recorded
+            # A finished row is padding: zeroed, it cannot sway a mask that the batch shares.
+            zero = jnp.zeros((), h.dtype)
+            return self.method.mask(jnp.where(valid[:, :, None], h, zero), part)
+
+        return masked_mlp(
+            x,
+            self.gate,
+            self.up,
+            self.down,
+            activation=self.config.activation,
+            select=select,
+            active=0 if part is None else part.active,
+            implementation=self.implementation,
+        )

@@ -1,0 +1,122 @@
+"""The mathematics of a decoder as pure functions of arrays, in the letters of `popjax.axes`.
+
+Norms, softmax and rotary angles are computed in float32 and cast back; products accumulate in
+float32. Knows no parameters by name, no config but `RopeConfig`, and no cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from popjax.config import RopeConfig
+
+# Above this many queries, attention runs block by block: an 8k prompt's scores would otherwise take
+# N * 8k * 8k * 4 bytes a layer (2.4 GB at N = 9).
+QUERY_BLOCK = 512
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis of x [..., D], times scale [D]."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    shape = (1,) * (x.ndim - 1) + scale.shape
+    return ((x32 * inverse).astype(x.dtype)) * scale.reshape(shape)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angular frequency of each rotary pair [H/2] in radians a position, float32.
+
+    "llama3" divides by `factor` the frequencies whose wavelength exceeds
+    original/low_freq_factor, keeps those below original/high_freq_factor, and blends between.
+    """
+    inverse = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "linear":
+        inverse = inverse / rope.factor
+    elif rope.kind == "llama3":
+        turns = rope.original_max_positions * inverse / (2 * math.pi)
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        inverse = (1 - blend) * inverse / rope.factor + blend * inverse
+    return inverse.astype(np.float32)
+
+
+def rope_table(
+    positions: jax.Array, rope: RopeConfig, head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [B, T, H/2] of positions [B, T], float32."""
+    frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
+    angle = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of x [B, T, heads, H]; pairs are (i, i + H/2), the Hugging Face order."""
+    cos, sin = (part[:, :, None, :] for part in table)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attention_mask(
+    query_positions: jax.Array, key_positions: jax.Array, window: int | None
+) -> jax.Array:
+    """Which keys a query sees [B, T, S]: real (position >= 0), not later, inside the window.
+
+    Positions [B, T] and [B, S]; -1 marks padding. With positions 0..3 and window 2:
+
+        1 . . .
+        1 1 . .
+        . 1 1 .
+        . . 1 1
+    """
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    seen = (key >= 0) & (key <= query)
+    if window is not None:
+        seen &= query - key < window
+    return seen
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled dot-product attention [B, T, K, G, H] of grouped queries.
+
+    q [B, T, K, G, H]; k, v [B, K, S, H]; mask [B, T, S]. A query that sees nothing (padding) gets
+    the plain mean of v: finite, and never read.
+    """
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (q.shape[-1] ** -0.5)
+    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v)
+
+
+def blocked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """`attention` with its mask, a block of QUERY_BLOCK queries at a time where T is long."""
+    B, T = query_positions.shape
+    if T <= 2 * QUERY_BLOCK or T % QUERY_BLOCK:
+        return attention(q, k, v, attention_mask(query_positions, key_positions, window))
+
+    def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        queries, positions = block
+        return attention(queries, k, v, attention_mask(positions, key_positions, window))
+
+    blocks = T // QUERY_BLOCK
+    split_q = q.reshape(B, blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
+    split_positions = query_positions.reshape(B, blocks, QUERY_BLOCK).swapaxes(0, 1)
+    out = jax.lax.map(one, (split_q, split_positions))
+    return out.swapaxes(0, 1).reshape(q.shape)
+
+
+def logits(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Next-token logits [..., V] in float32 of x [..., D] against an output table [V, D]."""
+    return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)

@@ -1,0 +1,181 @@
+"""The one decoder-only transformer: a Python loop over layers that may all differ.
+
+A loop, not lax.scan: layers may differ in width and window, and on the CPU backend a scan over
+stacked weights copies every layer before using it (4 against 25 GB/s measured).
+Left out: sampling, batching, packing. Families differ by config only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from popjax.cache import Cache, write_positions
+from popjax.config import LayerConfig, ModelConfig
+from popjax.methods.method import Method
+from popjax.nn import ops
+from popjax.nn.layers import Attention, Mlp, Norm, declare
+from popjax.sparsity import Partitions
+
+
+@struct.dataclass
+class Inputs:
+    """Tokens [B, T] int32 and their positions [B, T] int32; position -1 marks padding."""
+
+    tokens: jax.Array
+    positions: jax.Array
+
+
+@struct.dataclass
+class Outputs:
+    """Logits [B, V] of the last token or [B, T, V] of all, the cache, and by-products.
+
+    `statistics`: what the method observed, one entry a layer (prefill).
+    `masks`: each layer's step masks [B or 1, T, R+C], None where everything was on (decode).
+    """
+
+    logits: jax.Array
+    cache: Cache
+    statistics: tuple[Any, ...] = ()
+    masks: tuple[jax.Array | None, ...] = ()
+
+
+class Embedding(nn.Module):
+    """A table [V, D]: looked up on the way in, contracted on the way out."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.table = declare(self, "table", self.config)
+
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.table, tokens, axis=0, mode="clip")
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return ops.logits(x, self.table)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer: attention, then the MLP."""
+
+    config: ModelConfig
+    layer: LayerConfig
+    method: Method
+    implementation: str | None = None
+
+    def setup(self) -> None:
+        self.attn_norm = Norm(self.config)
+        self.attn = Attention(self.config, self.layer)
+        self.mlp_norm = Norm(self.config)
+        self.mlp = Mlp(self.config, self.layer, self.method, self.implementation)
+
+    def attend(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Any]:
+        y, cache = self.attn(self.attn_norm(x), *context)
+        return x + y, cache
+
+    def prefill(self, x: jax.Array, valid: jax.Array, given: Any, *context: Any) -> Any:
+        x, cache = self.attend(x, *context)
+        y, statistic = self.mlp.prefill(self.mlp_norm(x), x, valid, given)
+        return x + y, cache, statistic
+
+    def decode(self, x: jax.Array, valid: jax.Array, part: Any, mask: Any, *context: Any) -> Any:
+        x, cache = self.attend(x, *context)
+        y, mask = self.mlp.decode(self.mlp_norm(x), valid, part, mask)
+        return x + y, cache, mask
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model; `method` decides what is observed, partitioned and masked."""
+
+    config: ModelConfig
+    method: Method
+    implementation: str | None = None
+
+    def setup(self) -> None:
+        self.embed = Embedding(self.config)
+        for i, layer in enumerate(self.config.layers):
+            block = Block(self.config, layer, self.method, self.implementation)
+            setattr(self, f"layer_{i}", block)
+        self.final_norm = Norm(self.config)
+        if not self.config.tie_embeddings:
+            self.head = Embedding(self.config)
+
+    def prefill(
+        self, inputs: Inputs, cache: Cache, partition: Partitions | None, all_logits: bool = False
+    ) -> Outputs:
+        """Run prompt tokens; logits of the last one, or of all of them with `all_logits`."""
+        x, keys, tables = self._enter(inputs, cache)
+        valid = inputs.positions >= 0
+        layers, statistics = [], []
+        for i, layer in enumerate(self.config.layers):
+            given = None if partition is None else partition[i]
+            context = self._context(i, layer, inputs, cache, keys, tables)
+            x, written, statistic = getattr(self, f"layer_{i}").prefill(x, valid, given, *context)
+            layers.append(written)
+            statistics.append(statistic)
+        x = x if all_logits else x[:, -1, :]
+        return Outputs(
+            self._logits(x), self._leave(inputs, layers, keys, cache), tuple(statistics)
+        )
+
+    def decode(
+        self,
+        inputs: Inputs,
+        cache: Cache,
+        partition: Partitions | None,
+        masks: tuple[jax.Array, ...] | None,
+        all_logits: bool = False,
+    ) -> Outputs:
+        """Run new tokens, one a row or several given ones; `masks` [B, T, R+C] a layer replay."""
+        x, keys, tables = self._enter(inputs, cache)
+        valid = inputs.positions >= 0
+        layers, used = [], []
+        for i, layer in enumerate(self.config.layers):
+            part = None if partition is None else partition[i]
+            recorded = None if masks is None else masks[i]
+            context = self._context(i, layer, inputs, cache, keys, tables)
+            block = getattr(self, f"layer_{i}")
+            x, written, mask = block.decode(x, valid, part, recorded, *context)
+            layers.append(written)
+            used.append(mask)
+        logits = self._logits(x if all_logits else x[:, -1, :])
+        return Outputs(logits, self._leave(inputs, layers, keys, cache), (), tuple(used))
+
+    def _enter(self, inputs: Inputs, cache: Cache) -> tuple[jax.Array, jax.Array, dict]:
+        kinds = {(layer.rope, layer.head_dim) for layer in self.config.layers}
+        tables = {kind: ops.rope_table(inputs.positions, *kind) for kind in kinds}
+        return self.embed.lookup(inputs.tokens), write_positions(cache, inputs.positions), tables
+
+    def _context(
+        self, i: int, layer: LayerConfig, inputs: Inputs, cache: Cache, keys: jax.Array, tables: dict
+    ) -> tuple[Any, ...]:
+        table = tables[(layer.rope, layer.head_dim)]
+        return cache.layers[i], cache.length, table, (inputs.positions, keys)
+
+    def _leave(self, inputs: Inputs, layers: list, keys: jax.Array, cache: Cache) -> Cache:
+        return Cache(tuple(layers), keys, cache.length + inputs.tokens.shape[1])
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        x = self.final_norm(x)
+        return self.embed.logits(x) if self.config.tie_embeddings else self.head.logits(x)
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random parameters of a config, for tests and benchmarks: normal(0.02), scales one."""
+    from popjax.cache import empty
+
+    model = Transformer(config, Method())
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    make = jax.jit(
+        lambda: model.init(
+            key, Inputs(tokens, tokens), empty(config, 1, 1, dtype), None, method="prefill"
+        )["params"]
+    )
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), make())
+
+
+__all__ = ["Inputs", "Outputs", "Transformer", "init_params"]

@@ -1,0 +1,147 @@
+"""What a run decided, read and cost: counts, bytes and seconds, never a claim.
+
+Bytes of weights a token are those that the compiled step reads from memory, not those a mask zeroes:
+the masked form reads every evaluated row of down, the gathered form only the chosen ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from popjax.config import ModelConfig
+from popjax.sparsity import Params, Partitions
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """Channels of one layer, and bytes of FFN weights a token reads there, dense and now."""
+
+    channels: int
+    retained: int
+    candidate: int
+    active: int
+    dense_bytes: int
+    read_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The run against a dense run of the same prompts in the same process.
+
+    decode_speedup: each round's dense decode seconds a step over this run's, in order; token
+    agreement: share of this run's tokens that the dense model would also have chosen at that place
+    (greedy); kl: mean KL(dense || this run) in nats a token over the run's own text;
+    first_difference: tokens before the free-running dense greedy text parts from this one.
+    """
+
+    decode_speedup: tuple[float, ...]
+    token_agreement: float
+    kl: float
+    first_difference: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything a run reports. Seconds by phase; bytes held and read; tokens a second in decode."""
+
+    model: str
+    method: str
+    layers: tuple[LayerReport, ...]
+    dense_bytes_per_token: int
+    read_bytes_per_token: int
+    weight_bytes: int
+    packed_bytes: int
+    cache_bytes: int
+    seconds: dict[str, float]
+    compilations: int
+    prompt_tokens: int
+    new_tokens: int
+    decode_steps: int
+    tokens_per_second: float | None
+    comparison: Comparison | None = None
+
+    def totals(self) -> LayerReport:
+        """The sums over layers."""
+        fields = [field.name for field in dataclasses.fields(LayerReport)]
+        return LayerReport(*(sum(getattr(y, name) for y in self.layers) for name in fields))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, totals included."""
+        return {**dataclasses.asdict(self), "totals": dataclasses.asdict(self.totals())}
+
+
+def layer_reports(
+    config: ModelConfig, partition: Partitions | None, itemsize: int, implementation: str | None
+) -> tuple[LayerReport, ...]:
+    """One LayerReport a layer; without a partition every channel is retained."""
+    reports = []
+    for i, layer in enumerate(config.layers):
+        row = config.embed_dim * itemsize
+        dense = 3 * layer.mlp_dim * row
+        if partition is None:
+            reports.append(LayerReport(layer.mlp_dim, layer.mlp_dim, 0, layer.mlp_dim, dense, dense))
+            continue
+        part = partition[i]
+        down = part.active if implementation == "gathered" else part.evaluated
+        read = (2 * part.evaluated + down) * row
+        counts = (part.num_retained, part.num_candidate, part.active)
+        reports.append(LayerReport(layer.mlp_dim, *counts, dense, read))
+    return tuple(reports)
+
+
+def weight_bytes(params: Params) -> int:
+    """Bytes that the parameters occupy, read from the arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def bytes_per_token(config: ModelConfig, params: Params) -> int:
+    """Bytes of weights that one dense decode step reads for one row.
+
+    Every weight once, except that an embedding table is read whole only as the output head; as an
+    input table it costs one row.
+    """
+    table = params["embed"]["table"]
+    total = weight_bytes(params)
+    if not config.tie_embeddings:
+        total -= table.nbytes - config.embed_dim * table.dtype.itemsize
+    return total
+
+
+def make_report(
+    *,
+    model: str,
+    method: str,
+    config: ModelConfig,
+    params: Params,
+    result: Any,
+    load_seconds: float,
+    implementation: str | None,
+) -> Report:
+    """The report of a RunResult."""
+    itemsize = params["embed"]["table"].dtype.itemsize
+    layers = layer_reports(config, result.partition, itemsize, implementation)
+    dense = bytes_per_token(config, params)
+    saved = sum(layer.dense_bytes - layer.read_bytes for layer in layers)
+    decode_steps = result.steps - 1
+    seconds = {"load": load_seconds, **result.seconds}
+    decoded = decode_steps * len(result.tokens)
+    return Report(
+        model=model,
+        method=method,
+        layers=layers,
+        dense_bytes_per_token=dense,
+        read_bytes_per_token=dense - saved,
+        weight_bytes=weight_bytes(params),
+        packed_bytes=result.packed_bytes,
+        cache_bytes=result.cache_bytes,
+        seconds={name: float(value) for name, value in seconds.items()},
+        compilations=result.compilations,
+        prompt_tokens=result.prompt_tokens,
+        new_tokens=int(np.sum(result.counts)),
+        decode_steps=decode_steps,
+        tokens_per_second=decoded / seconds["decode"] if decoded else None,
+    )

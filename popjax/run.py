@@ -1,0 +1,250 @@
+"""One run of the core from tokens to tokens: phases in order, each timed, errors before work.
+
+`generate.py` holds the programs; this file drives them from the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from popjax import cache as kv
+from popjax.config import ModelConfig
+from popjax.generate import PROGRAMS, DecodeState, Masks, Options, bucket, left_padded
+from popjax.methods import Method
+from popjax.sampling import SamplingConfig, row_keys
+from popjax.sparsity import Params, Partitions, check_partitions, pack
+
+# Called after every chunk with tokens [B, n] so far and done [B]; returns rows to stop, [B] bool.
+OnChunk = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one run is asked to do, tokens in. `chunk`: steps between calls of `on_chunk`."""
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    method: Method = Method()
+    sampling: SamplingConfig = SamplingConfig()
+    eos_ids: tuple[int, ...] = ()
+    seed: int | Sequence[int] = 0
+    partition: Partitions | None = None
+    masks: Masks | None = None
+    options: Options = Options()
+    chunk: int = 8
+    on_chunk: OnChunk | None = None
+
+
+@dataclasses.dataclass
+class RunResult:
+    """Arrays of a finished run, one row a prompt, and what the run decided and cost.
+
+    tokens [B, n]; counts [B] tokens of each row up to its end token; stopped [B] whether a row met
+    one. partition indexes the full F channels; masks [steps, B, R+C] a layer, entry i being the
+    step that produced token i+1; logits [B, n, V]. seconds: compile, prefill, plan, pack, decode.
+    """
+
+    tokens: np.ndarray
+    counts: np.ndarray
+    stopped: np.ndarray
+    partition: Partitions | None
+    masks: Masks | None
+    logprobs: np.ndarray | None
+    logits: np.ndarray | None
+    seconds: dict[str, float]
+    steps: int
+    compilations: int
+    prompt_tokens: int
+    cache_bytes: int
+    packed_bytes: int
+
+
+class _Clock:
+    """Wall-clock of each phase, with compilation taken out and added up apart."""
+
+    def __init__(self) -> None:
+        self.seconds = {"compile": 0.0}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        compiled, started = PROGRAMS.compile_seconds, time.perf_counter()
+        yield
+        compiling = PROGRAMS.compile_seconds - compiled
+        spent = time.perf_counter() - started - compiling
+        self.seconds["compile"] += compiling
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
+    """Generate from token prompts.
+
+    Raises ValueError, before anything is compiled, for a request that the model cannot serve, and
+    after prefill for channel scores that are not finite.
+    """
+    method = request.method.for_model(config)
+    check_request(request, config, method)
+    clock, compiled = _Clock(), PROGRAMS.compilations
+    inputs = left_padded(request.prompts)
+    rows, T = inputs.tokens.shape
+    room = bucket(request.max_new_tokens)
+    with clock.phase("prefill"):
+        outputs = PROGRAMS.prefill(
+            params, inputs, request.partition, config=config, method=method, capacity=T + room
+        )
+        jax.block_until_ready(outputs)
+    with clock.phase("plan"):
+        partition = request.partition or _planned(outputs.statistics, config, method)
+    packed_params, packed_config, packed = params, config, None
+    with clock.phase("pack"):
+        if partition is not None:
+            packed_params, packed_config, packed = pack(params, config, partition)
+            jax.block_until_ready(packed_params)
+    flags = request.sampling.flags()
+    values = request.sampling.values(request.eos_ids, config.vocab_size)
+    with clock.phase("decode"):
+        state = PROGRAMS.start(
+            outputs.cache,
+            outputs.logits,
+            inputs,
+            row_keys(request.seed, rows),
+            _mask_buffers(request, packed, rows, room),
+            values,
+            flags=flags,
+            options=request.options,
+            room=room,
+        )
+        del outputs
+        static = {"config": packed_config, "method": method, "flags": flags}
+        static["options"] = request.options
+        state = _decode(state, (packed_params, packed, request.masks, values), static, request)
+    return _result(request, state, partition, clock, PROGRAMS.compilations - compiled, _extra_bytes(params, packed_params))
+
+
+def _planned(statistics: tuple[Any, ...], config: ModelConfig, method: Method) -> Partitions | None:
+    plan, finite = PROGRAMS.plan(statistics, config=config, method=method)
+    bad = np.flatnonzero(~np.asarray(finite)).tolist()
+    if bad:
+        raise ValueError(
+            f"channel scores of layers {bad[:8]} are not finite for this prompt: the weights or the "
+            "dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
+        )
+    return plan.channels
+
+
+def _mask_buffers(
+    request: Request, packed: Partitions | None, rows: int, room: int
+) -> Masks | None:
+    if packed is None or not request.options.record_masks:
+        return None
+    return tuple(jnp.zeros((room - 1, rows, part.evaluated), bool) for part in packed)
+
+
+def _decode(
+    state: DecodeState, arguments: tuple[Any, ...], static: dict[str, Any], request: Request
+) -> DecodeState:
+    """Decode in one go, or in chunks where somebody listens; tokens are the same either way."""
+    total = request.max_new_tokens
+    while True:
+        until = total
+        if request.on_chunk is not None:
+            done = np.asarray(state.done)
+            stop = request.on_chunk(np.asarray(state.tokens)[:, : int(state.step)], done)
+            state = state.replace(done=jnp.asarray(done | stop))
+            until = min(int(state.step) + request.chunk, total)
+        if int(state.step) >= total or bool(np.all(np.asarray(state.done))):
+            return state
+        state = PROGRAMS.decode(state, *arguments, jnp.int32(until), **static)
+        jax.block_until_ready(state)
+
+
+def _extra_bytes(params: Params, packed: Params) -> int:
+    """Bytes of packed arrays that are held beside the model's own."""
+    own = {id(leaf) for leaf in jax.tree.leaves(params)}
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(packed) if id(leaf) not in own)
+
+
+def _result(
+    request: Request,
+    state: DecodeState,
+    partition: Partitions | None,
+    clock: _Clock,
+    compilations: int,
+    packed_bytes: int,
+) -> RunResult:
+    steps = int(state.step)
+    tokens = np.asarray(state.tokens)[:, :steps]
+    ends = np.isin(tokens, request.eos_ids) if request.eos_ids else np.zeros(tokens.shape, bool)
+    stopped = ends.any(axis=1)
+    counts = np.where(stopped, ends.argmax(axis=1) + 1, steps)
+    masks = None if state.masks is None else tuple(m[: steps - 1] for m in state.masks)
+    return RunResult(
+        tokens=tokens,
+        counts=counts,
+        stopped=stopped,
+        partition=partition,
+        masks=masks,
+        logprobs=None if state.logprobs is None else np.asarray(state.logprobs)[:, :steps],
+        logits=None if state.logits is None else np.asarray(state.logits)[:, :steps],
+        seconds=clock.seconds,
+        steps=steps,
+        compilations=compilations,
+        prompt_tokens=sum(len(prompt) for prompt in request.prompts),
+        cache_bytes=kv.bytes_held(state.cache),
+        packed_bytes=packed_bytes,
+    )
+
+
+def check_request(request: Request, config: ModelConfig, method: Method) -> None:
+    """Raise ValueError for anything in the request that this model and method cannot serve."""
+    if request.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {request.max_new_tokens} is below 1: ask for at least one")
+    if request.sampling.min_new_tokens > request.max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens {request.sampling.min_new_tokens} exceeds max_new_tokens "
+            f"{request.max_new_tokens}: lower it"
+        )
+    longest = max((len(prompt) for prompt in request.prompts), default=0)
+    if longest + request.max_new_tokens > config.max_positions:
+        raise ValueError(
+            f"the prompt has {longest} tokens and {request.max_new_tokens} new ones were asked for, "
+            f"above the model's maximum context length of {config.max_positions}: shorten either"
+        )
+    for i, prompt in enumerate(request.prompts):
+        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(
+                f"prompt {i} has a token id outside 0..{config.vocab_size - 1}: "
+                "encode it with this model's tokenizer"
+            )
+    _check_replay(request, config, method)
+
+
+def _check_replay(request: Request, config: ModelConfig, method: Method) -> None:
+    if request.partition is None:
+        if request.masks is not None:
+            raise ValueError("masks were given without a partition: give the partition they index")
+        return
+    check_partitions(request.partition, config)
+    undecided = any(part.k_selected < part.num_candidate for part in request.partition)
+    if type(method).mask is Method.mask and undecided and request.masks is None:
+        raise ValueError(
+            f"the partition leaves candidates to choose, which {type(method).__name__} cannot: give "
+            "a method that masks, or masks, or a partition whose k_selected is all candidates"
+        )
+    if request.masks is None:
+        return
+    steps = request.max_new_tokens - 1
+    for i, (mask, part) in enumerate(zip(request.masks, request.partition, strict=True)):
+        want = (len(request.prompts), part.evaluated)
+        if mask.ndim != 3 or mask.shape[0] < steps or mask.shape[1:] != want:
+            raise ValueError(
+                f"masks of layer {i} have shape {mask.shape}: {request.max_new_tokens} tokens need "
+                f"({steps} or more steps, {want[0]} rows, {want[1]} evaluated channels)"
+            )

@@ -1,0 +1,174 @@
+"""Choosing the next token: the usual filters, in the order and with the meaning of transformers.
+
+What is on (sampling, filters, penalty) is static; the values are data, so changing a temperature
+compiles nothing. Randomness is explicit: one key a row, folded with the step number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """What a caller asks for; None or the neutral value turns a filter off.
+
+    Raises ValueError naming the value and the range where one is out of range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0.0, math.inf, open_low=True)
+        _check("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _check("top_p", 1.0 if self.top_p is None else self.top_p, 0.0, 1.0)
+        _check("min_p", 0.0 if self.min_p is None else self.min_p, 0.0, 1.0)
+        _check("top_k", self.top_k or 0, 0, math.inf)
+        _check("min_new_tokens", self.min_new_tokens, 0, math.inf)
+
+    def flags(self) -> SamplingFlags:
+        return SamplingFlags(
+            sample=self.do_sample,
+            ranked=self.do_sample and (bool(self.top_k) or (1.0 if self.top_p is None else self.top_p) < 1),
+            min_p=self.do_sample and bool(self.min_p),
+            penalty=self.repetition_penalty != 1.0,
+        )
+
+    def values(self, eos_ids: Sequence[int], vocab_size: int) -> SamplingValues:
+        return SamplingValues(
+            temperature=jnp.float32(self.temperature),
+            top_k=jnp.int32(min(self.top_k or vocab_size, vocab_size)),
+            top_p=jnp.float32(1.0 if self.top_p is None else self.top_p),
+            min_p=jnp.float32(self.min_p or 0.0),
+            repetition_penalty=jnp.float32(self.repetition_penalty),
+            min_new_tokens=jnp.int32(self.min_new_tokens),
+            eos_ids=jnp.asarray(list(eos_ids), jnp.int32),
+        )
+
+
+def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    good = good and math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+    if not good:
+        range_ = f"{'above' if open_low else 'at least'} {low:g}"
+        range_ += "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"{name} {value!r} is out of range: it must be {range_}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """Which parts of the sampler run: static, since each changes the program."""
+
+    sample: bool = False
+    ranked: bool = False
+    min_p: bool = False
+    penalty: bool = False
+
+
+@struct.dataclass
+class SamplingValues:
+    """The numbers of the sampler, all scalars but eos_ids [number of end tokens]."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    min_new_tokens: jax.Array
+    eos_ids: jax.Array
+
+
+def penalised(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits [B, V] of tokens seen [B, V] bool divided (if positive) or multiplied by the penalty."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def without_eos(logits: jax.Array, values: SamplingValues, step: jax.Array) -> jax.Array:
+    """Logits [B, V] with the end tokens at -inf while fewer than min_new_tokens are out."""
+    if values.eos_ids.shape[0] == 0:
+        return logits
+    early = step < values.min_new_tokens
+    blocked = jnp.zeros((logits.shape[-1],), bool).at[values.eos_ids].set(True, mode="drop")
+    return jnp.where(early & blocked[None, :], -jnp.inf, logits)
+
+
+def ranked_filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits [B, V] with -inf outside the top_k largest, then outside the top_p nucleus.
+
+    Ties with the k-th largest stay. The nucleus is the smallest set of most likely tokens whose
+    probability reaches top_p; the most likely token always stays.
+    """
+    ordered = -jnp.sort(-logits, axis=-1)
+    rank = jnp.arange(logits.shape[-1])[None, :]
+    least_k = jnp.take_along_axis(ordered, jnp.broadcast_to(top_k - 1, (len(logits), 1)), axis=-1)
+    probability = jax.nn.softmax(jnp.where(ordered >= least_k, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    inside = ((before < top_p) | (rank == 0)) & (ordered >= least_k)
+    least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def min_p_filter(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Logits [B, V] with -inf where a probability is below min_p times the largest one."""
+    floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+    return jnp.where(logits >= floor, logits, -jnp.inf)
+
+
+def processed(
+    logits: jax.Array,
+    seen: jax.Array | None,
+    values: SamplingValues,
+    flags: SamplingFlags,
+    step: jax.Array,
+) -> jax.Array:
+    """Logits [B, V] after penalty, minimum length, temperature and the filters, in that order."""
+    if flags.penalty:
+        assert seen is not None, "a repetition penalty needs the tokens seen so far"
+        logits = penalised(logits, seen, values.repetition_penalty)
+    logits = without_eos(logits, values, step)
+    if flags.sample:
+        logits = logits / values.temperature
+    if flags.ranked:
+        logits = ranked_filter(logits, values.top_k, values.top_p)
+    if flags.min_p:
+        logits = min_p_filter(logits, values.min_p)
+    return logits
+
+
+def choose(
+    logits: jax.Array, keys: jax.Array, flags: SamplingFlags, step: jax.Array
+) -> jax.Array:
+    """Next tokens [B] int32 from processed logits [B, V]; keys [B] of each row's own stream."""
+    if not flags.sample:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw(key: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(key, step), row)
+
+    return jax.vmap(draw)(keys, logits).astype(jnp.int32)
+
+
+def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
+    """One random key a row: row i of a single seed, or a seed of its own for every row.
+
+    A row given its own seed draws the same tokens whatever batch it is in.
+    Raises ValueError when the number of seeds is not the number of rows.
+    """
+    if isinstance(seed, int):
+        base = jax.random.key(seed)
+        return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(rows))
+    if len(seed) != rows:
+        raise ValueError(f"{len(seed)} seeds for {rows} rows: give one seed, or one a row")
+    return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(seed))

@@ -1,0 +1,264 @@
+"""Budgets, partitions and packing: a ratio becomes counts, scores become sets, sets become weights.
+
+Counts are integers fixed before tracing, indices are data, so one compile serves every prompt. Sets
+are rank-based (stable descending float32 scores, ties to the lower index), never thresholds.
+Leaves out where scores come from: that is a method's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from kernels_pallas.gather_rows import gather_rows
+from popjax.config import LayerConfig, ModelConfig
+
+Params = dict[str, Any]
+
+
+def rounded(value: float) -> int:
+    """floor(value + 0.5 + 1e-9): halves go up, and products such as 0.15 * 20 land on integers."""
+    return math.floor(value + 0.5 + 1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelBudget:
+    """Integer counts for one layer of F channels: always on, re-decided each step, chosen of those."""
+
+    retained: int
+    candidate: int
+    k_selected: int
+
+    @property
+    def active(self) -> int:
+        return self.retained + self.k_selected
+
+
+def channel_budget(
+    mlp_dim: int, ratio: float, delta: float = 0.0, granularity: int = 1
+) -> ChannelBudget:
+    """Counts of a partition of `mlp_dim` channels that prunes the share `ratio`, band +-`delta`.
+
+    |R| = F - rnd(min(r+delta, 1) F); |P| = rnd(max(r-delta, 0) F); |C| the rest; chosen so that
+    F - rnd(r F) channels are active (arXiv 2602.06822 section 3.3, counts derived). A granularity
+    above 1 rounds |R|, |R|+|C| and the active count up to its multiples, at most F.
+    """
+
+    def up(count: int) -> int:
+        return min(mlp_dim, math.ceil(count / granularity) * granularity)
+
+    retained = up(mlp_dim - rounded(min(ratio + delta, 1.0) * mlp_dim))
+    evaluated = up(mlp_dim - rounded(max(ratio - delta, 0.0) * mlp_dim))
+    active = min(max(up(mlp_dim - rounded(ratio * mlp_dim)), retained), evaluated)
+    return ChannelBudget(retained, evaluated - retained, active - retained)
+
+
+def ffn_ratio(config: ModelConfig, model_ratio: float) -> float:
+    """FFN ratio r that prunes the share `model_ratio` of attention plus FFN parameters.
+
+    r = PR (A + F) / F with A and F the attention and FFN parameters of the layers, embeddings and
+    norms excluded; reproduces Table 8 of arXiv 2602.06822. Raises ValueError where r exceeds 1.
+    """
+    attention = sum(
+        2 * config.embed_dim * layer.head_dim * (layer.num_heads + layer.num_kv_heads)
+        for layer in config.layers
+    )
+    ffn = sum(3 * config.embed_dim * layer.mlp_dim for layer in config.layers)
+    ratio = model_ratio * (attention + ffn) / ffn
+    if ratio > 1:
+        raise ValueError(
+            f"model_ratio {model_ratio} needs an FFN ratio of {ratio:.3f}, above 1: "
+            f"this model can lose at most {ffn / (attention + ffn):.3f} through its FFN"
+        )
+    return ratio
+
+
+@struct.dataclass
+class ChannelPartition:
+    """One layer's channels: `retained` [R] always on, `candidate` [C] re-decided at every step.
+
+    Indices are int32 into the F channels, ascending; the others are off for this prompt.
+    `k_selected` candidates are on in a step. `candidate_norm` [C], the L2 norms of their rows of
+    down, and `packed` (weights hold exactly [R | C], in that order) are filled in by `pack`.
+    """
+
+    retained: jax.Array
+    candidate: jax.Array
+    candidate_norm: jax.Array | None = None
+    k_selected: int = struct.field(pytree_node=False, default=0)
+    packed: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def num_retained(self) -> int:
+        return self.retained.shape[0]
+
+    @property
+    def num_candidate(self) -> int:
+        return self.candidate.shape[0]
+
+    @property
+    def evaluated(self) -> int:
+        return self.num_retained + self.num_candidate
+
+    @property
+    def active(self) -> int:
+        return self.num_retained + self.k_selected
+
+    def kept_mask(self, mlp_dim: int) -> jax.Array:
+        """Bool mask [F] of R u C."""
+        kept = jnp.zeros((mlp_dim,), bool)
+        return kept.at[self.retained].set(True).at[self.candidate].set(True)
+
+    def candidates_of(self, h: jax.Array) -> jax.Array:
+        """Activations [..., C] of the candidates among the evaluated channels h [..., R+C]."""
+        return h[..., self.num_retained :] if self.packed else h[..., self.candidate]
+
+    def with_retained(self, chosen: jax.Array) -> jax.Array:
+        """Mask [..., R+C] in evaluated order: candidates as in chosen [..., C], R always on."""
+        if self.packed:
+            on = jnp.ones((*chosen.shape[:-1], self.num_retained), bool)
+            return jnp.concatenate([on, chosen], axis=-1)
+        on = jnp.ones((*chosen.shape[:-1], self.evaluated), bool)
+        return on.at[..., self.candidate].set(chosen)
+
+
+Partitions = tuple[ChannelPartition, ...]
+
+
+@struct.dataclass
+class Plan:
+    """What a method decided for a prompt: one ChannelPartition a layer, or None for dense."""
+
+    channels: Partitions | None = None
+
+
+def partition_by_rank(scores: jax.Array, budget: ChannelBudget) -> ChannelPartition:
+    """Partition of the channels by descending scores [F]: the best are R, the next C."""
+    order = jnp.argsort(-scores.astype(jnp.float32), stable=True).astype(jnp.int32)
+    split = budget.retained + budget.candidate
+    return ChannelPartition(
+        retained=jnp.sort(order[: budget.retained]),
+        candidate=jnp.sort(order[budget.retained : split]),
+        k_selected=budget.k_selected,
+    )
+
+
+def select_top(scores: jax.Array, count: int) -> jax.Array:
+    """Bool mask [..., C] of exactly `count` largest non-negative scores, ties to the lower index.
+
+    The count-th largest is found by bisection on the bits of the float32 values, which order as
+    integers do: 31 passes over C, where a sort of C = 8192 takes ten times as long on a CPU.
+    """
+    size = scores.shape[-1]
+    if count <= 0:
+        return jnp.zeros(scores.shape, bool)
+    if count >= size:
+        return jnp.ones(scores.shape, bool)
+    keys = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+    limit = _bisect(lambda t: (keys >= t[..., None]).sum(-1) >= count, keys.shape[:-1], 31)
+    limit = limit[..., None]
+    above = keys > limit
+    room = count - above.sum(-1)
+    index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
+    tied = keys == limit
+
+    def cut_ties() -> jax.Array:
+        bits = size.bit_length()
+        last = _bisect(
+            lambda t: (tied & (index < t[..., None])).sum(-1) <= room, keys.shape[:-1], bits
+        )
+        return above | (tied & (index < last[..., None]))
+
+    return jax.lax.cond(jnp.any(tied.sum(-1) != room), cut_ties, lambda: above | tied)
+
+
+def _bisect(accept: Any, shape: tuple[int, ...], bits: int) -> jax.Array:
+    """The largest int32 below 2**bits, per element of `shape`, that the monotone `accept` takes."""
+
+    def step(i: jax.Array, found: jax.Array) -> jax.Array:
+        trial = found | (1 << (bits - 1 - i)).astype(jnp.int32)
+        return jnp.where(accept(trial), trial, found)
+
+    return jax.lax.fori_loop(0, bits, step, jnp.zeros(shape, jnp.int32))
+
+
+def check_partitions(partitions: Sequence[ChannelPartition], config: ModelConfig) -> None:
+    """Raise ValueError unless there is one valid partition of each layer's channels."""
+    if len(partitions) != config.num_layers:
+        raise ValueError(
+            f"partition has {len(partitions)} layers, the model has {config.num_layers}: give one each"
+        )
+    for i, (part, layer) in enumerate(zip(partitions, config.layers, strict=True)):
+        _check_partition(i, part, layer)
+
+
+def _check_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> None:
+    indices = np.concatenate([np.asarray(part.retained), np.asarray(part.candidate)])
+    if indices.size and not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(f"partition of layer {i} holds {indices.dtype} indices: use integers")
+    if indices.size == 0:
+        raise ValueError(f"partition of layer {i} keeps no channel: keep at least one of {layer.mlp_dim}")
+    if indices.min() < 0 or indices.max() >= layer.mlp_dim:
+        raise ValueError(
+            f"partition of layer {i} names channel {indices.max() if indices.min() >= 0 else indices.min()}, "
+            f"outside 0..{layer.mlp_dim - 1}"
+        )
+    if np.unique(indices).size != indices.size:
+        raise ValueError(f"partition of layer {i} names a channel twice: each belongs to one set")
+    if not 0 <= part.k_selected <= part.num_candidate:
+        raise ValueError(
+            f"k_selected {part.k_selected} of layer {i} is outside 0..{part.num_candidate}, "
+            "the number of candidates"
+        )
+
+
+def keeps_order(part: ChannelPartition, mlp_dim: int) -> bool:
+    """Whether every channel is evaluated, so that the unpacked weights serve as they are."""
+    return part.evaluated == mlp_dim
+
+
+def pack(
+    params: Params, config: ModelConfig, partitions: Partitions
+) -> tuple[Params, ModelConfig, Partitions]:
+    """Parameters whose FFN rows are only [R | C], the config they fit, and partitions into them.
+
+    Copies gate, up and down rows [R+C, D] once per prompt; all other arrays are shared, and a layer
+    that evaluates every channel keeps its weights. The full weights stay held by their owner.
+    """
+    packed, parts, widths = dict(params), [], []
+    for i, (part, layer) in enumerate(zip(partitions, config.layers, strict=True)):
+        name = f"layer_{i}"
+        mlp, part = pack_layer(params[name]["mlp"], part, layer.mlp_dim)
+        packed[name] = {**params[name], "mlp": mlp}
+        parts.append(part)
+        widths.append(part.evaluated)
+    return packed, config.with_mlp_dims(tuple(widths)), tuple(parts)
+
+
+def pack_layer(
+    mlp: Params, part: ChannelPartition, mlp_dim: int
+) -> tuple[Params, ChannelPartition]:
+    """One layer's FFN parameters reduced to [R | C], and its partition with candidate norms."""
+    if keeps_order(part, mlp_dim):
+        if part.k_selected == part.num_candidate:
+            return mlp, part
+        norms = down_norms(mlp["down"])[part.candidate]
+        return mlp, part.replace(candidate_norm=norms)
+    rows = jnp.concatenate([part.retained, part.candidate])
+    mlp = {name: gather_rows(w, rows) for name, w in mlp.items()}
+    norms = down_norms(mlp["down"][part.num_retained :])
+    return mlp, part.replace(candidate_norm=norms, packed=True)
+
+
+@jax.jit
+def down_norms(down: jax.Array) -> jax.Array:
+    """L2 norm [F], float32, of every row of down [F, D]: how loudly a channel speaks."""
+    down = down.astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(down * down, axis=-1))

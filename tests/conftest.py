@@ -1,0 +1,64 @@
+"""How every test runs: on eight CPU devices, with jax at its strictest.
+
+The settings are environment variables rather than `jax.config` calls so that the subprocesses some
+tests start (the command line, an import in a clean interpreter) inherit them. jax reads them when
+it is imported, and pytest loads this file before any test module. Fixtures used by one folder only
+live in that folder's own conftest.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+if "jax" in sys.modules:
+    raise pytest.UsageError("jax was imported before tests/conftest.py could configure it")
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    # Enough for every mesh the tests build. Each device is a thread pool, not a core.
+    JAX_NUM_CPU_DEVICES="8",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    # A program found on disk would hide a retrace from the tests that count compilations.
+    JAX_ENABLE_COMPILATION_CACHE="false",
+    # Progress bars and colours would end up in captured output.
+    NO_COLOR="1",
+    TERM="dumb",
+)
+
+# deadline: the first example of a property compiles, so its time says nothing.
+# derandomize, database: a run depends on the checkout alone.
+settings.register_profile("popjax", deadline=None, derandomize=True, database=None)
+settings.load_profile("popjax")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks `weights` whatever asks for the default model, so that none can forget to."""
+    for item in items:
+        if "default_model" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.weights)
+
+
+@pytest.fixture
+def nan_checks() -> Iterator[None]:
+    """Makes the first NaN that any computation of the test returns an error.
+
+    For small tests: every result is fetched and looked at, and a failing one runs again op by op.
+    """
+    import jax
+
+    with jax.debug_nans(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Any:
+    """The default model with its real weights, as `popjax.load()` gives it."""
+    import popjax
+
+    return popjax.load()

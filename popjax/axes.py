@@ -2,8 +2,8 @@
 
 From this table, with no second source, come Linen's parameter shapes, the shapes that the converter
 must produce, the partition specs of a sharded model and the documentation. It holds no sizes of any
-model: those are in `config.py`. A path that no row, or more than one row, matches is an error; there
-is no catch-all.
+model: those are in `config.py`. A path that no row, or more than one row, matches is an error;
+there is no catch-all.
 
     B batch            T query positions   S cache positions   D model width
     N query heads      K key/value heads   G queries per K     H head size
@@ -134,7 +134,7 @@ def partition_spec(path: str, rules: Mapping[str, str] = TENSOR_PARALLEL) -> Par
     used = [axis for axis in axes if axis is not None]
     if len(used) != len(set(used)):
         raise ValueError(
-            f"parameter {path!r} ({letters(path)}) would use one mesh axis twice under {dict(rules)}: "
-            "give each of its letters an axis of its own"
+            f"parameter {path!r} ({letters(path)}) would use one mesh axis twice under "
+            f"{dict(rules)}: give each of its letters an axis of its own"
         )
     return PartitionSpec(*axes)

@@ -6,6 +6,8 @@ and is never attended. One slot counter serves the batch, since prompts are left
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -15,7 +17,7 @@ from popjax.config import ModelConfig
 
 @struct.dataclass
 class LayerCache:
-    """One layer's keys and values, both [B, K, S, H]: heads outermost, as the products read them."""
+    """One layer's keys and values, both [B, K, S, H]: heads outermost, as products read them."""
 
     k: jax.Array
     v: jax.Array
@@ -42,12 +44,35 @@ def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> C
 
 def write_layer(layer: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) -> LayerCache:
     """The layer with new keys and values [B, T, K, H] in slots slot..slot+T-1."""
-    start = (0, 0, slot, 0)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    return LayerCache(
-        jax.lax.dynamic_update_slice(layer.k, k.astype(layer.k.dtype), start),
-        jax.lax.dynamic_update_slice(layer.v, v.astype(layer.v.dtype), start),
-    )
+
+    def written(held: jax.Array, new: jax.Array) -> jax.Array:
+        lead = held.shape[:-2]
+        new = new.astype(held.dtype).swapaxes(1, 2).reshape(*lead, new.shape[1], new.shape[3])
+        return jax.lax.dynamic_update_slice(held, new, (0,) * len(lead) + (slot, 0))
+
+    # Without the barrier XLA's CPU backend may write each array twice, once for the loop and once
+    # into the attention product, and copy the whole cache to keep the two apart.
+    return jax.lax.optimization_barrier(LayerCache(written(layer.k, k), written(layer.v, v)))
+
+
+def merged(cache: Cache) -> Cache:
+    """The cache with keys and values as [B*K, S, H], the form that a decode loop carries.
+
+    In that form the batched products of attention take the carried array itself; from [B, K, S, H]
+    XLA's CPU backend (jax 0.10) copies the whole cache four times a step.
+    """
+    return _reshaped(cache, lambda x: (x.shape[0] * x.shape[1], *x.shape[2:]))
+
+
+def split(cache: Cache) -> Cache:
+    """Inverse of `merged`."""
+    batch = cache.positions.shape[0]
+    return _reshaped(cache, lambda x: (batch, x.shape[0] // batch, *x.shape[1:]))
+
+
+def _reshaped(cache: Cache, shape: Callable[[jax.Array], tuple[int, ...]]) -> Cache:
+    layers = jax.tree.map(lambda x: x.reshape(shape(x)), cache.layers)
+    return cache.replace(layers=layers)
 
 
 def write_positions(cache: Cache, positions: jax.Array) -> jax.Array:

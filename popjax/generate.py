@@ -1,15 +1,15 @@
 """The functional core of generation: prefill -> plan -> pack -> decode, tokens in, tokens out.
 
-Every phase is one compiled program over explicit parameters, partition and masks. Lengths are rounded
-up to buckets, so a second prompt of a bucket compiles nothing. Text, checkpoints and reports are
-elsewhere (`model.py`, `report.py`); `run.py` drives the phases.
+Every phase is one compiled program over explicit parameters, partition and masks. Lengths are
+rounded up to buckets, so a second prompt of a bucket compiles nothing. Text, checkpoints and
+reports are elsewhere (`model.py`, `report.py`); `run.py` drives the phases.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Options:
 
 
 def bucket(length: int, smallest: int = 16) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that holds `length`: few compiles, little padding."""
+    """The least of 16, 24, 32, 48, 64, 96, ... that holds `length`: few compiles, few pads."""
     size = smallest
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
@@ -97,7 +97,7 @@ def prefill(
     model = Transformer(config, method)
     dtype = params["embed"]["table"].dtype
     cache = kv.empty(config, inputs.tokens.shape[0], capacity, dtype)
-    return model.apply({"params": params}, inputs, cache, partition, method="prefill")
+    return _apply(model, params, "prefill", inputs, cache, partition)
 
 
 def make_plan(
@@ -124,8 +124,11 @@ def score(
 ) -> jax.Array:
     """Logits [B, T, V] of given tokens decoded after a prefill, each masked as its own step."""
     model = Transformer(config, method)
-    arguments = (inputs, cache, partition, None, True)
-    return model.apply({"params": params}, *arguments, method="decode").logits
+    return _apply(model, params, "decode", inputs, cache, partition, None, True).logits
+
+
+def _apply(model: Transformer, params: Params, method: str, *arguments: Any) -> Outputs:
+    return cast(Outputs, model.apply({"params": params}, *arguments, method=method))
 
 
 def emit(
@@ -144,7 +147,8 @@ def emit(
     logprobs = state.logprobs
     if logprobs is not None:
         logprobs = at_step(logprobs, jax.nn.log_softmax(logits, axis=-1)[rows, token])
-    return state.replace(
+    return dataclasses.replace(
+        state,
         tokens=at_step(state.tokens, token),
         last=token,
         done=state.done | ended,
@@ -167,7 +171,7 @@ def start(
     options: Options,
     room: int,
 ) -> DecodeState:
-    """The decode state after prefill: buffers for `room` tokens, the first one from logits [B, V]."""
+    """The decode state after prefill: buffers for `room` tokens, the first from logits [B, V]."""
     B, V = logits.shape
     seen = None
     if flags.penalty:
@@ -217,13 +221,15 @@ def decode(
         positions = jnp.where(state.done, -1, state.positions)
         inputs = Inputs(state.last[:, None], positions[:, None])
         recorded = None if replay is None else tuple(m[state.step - 1][:, None, :] for m in replay)
-        variables = {"params": params}
-        out = model.apply(variables, inputs, state.cache, partition, recorded, method="decode")
+        out = _apply(model, params, "decode", inputs, state.cache, partition, recorded)
         masks = _record(state.masks, out.masks, state.step)
-        state = state.replace(cache=out.cache, positions=state.positions + 1, masks=masks)
+        state = dataclasses.replace(
+            state, cache=out.cache, positions=state.positions + 1, masks=masks
+        )
         return emit(state, out.logits, values, flags)
 
-    return jax.lax.while_loop(going, step, state)
+    state = jax.lax.while_loop(going, step, state.replace(cache=kv.merged(state.cache)))
+    return state.replace(cache=kv.split(state.cache))
 
 
 def _record(kept: Masks | None, used: tuple, step: jax.Array) -> Masks | None:

@@ -38,10 +38,11 @@ class Listener:
         streamer: Any,
         eos_ids: tuple[int, ...],
     ) -> Listener:
-        """A listener for the rows of `prompts`; ValueError for a streamer with more than one row."""
+        """A listener for the rows of `prompts`; ValueError for a streamer with several rows."""
         if streamer is not None and len(prompts) > 1:
             raise ValueError(
-                f"a streamer follows one row, {len(prompts)} were asked for: generate them one by one"
+                f"a streamer follows one row, {len(prompts)} were asked for: "
+                "generate them one by one"
             )
         streams = [TextStream(tokenizer, stop_strings=stop_strings) for _ in prompts]
         return cls(streams, eos_ids, Sink(streamer, prompts[0]))
@@ -85,6 +86,8 @@ class Listener:
 class Sink:
     """Where one row's output goes: nowhere, a callable taking text, or put(ids) and end()."""
 
+    _streamer: Any
+
     def __init__(self, streamer: Any, prompt: Sequence[int]) -> None:
         self._takes_ids = hasattr(streamer, "put")
         if streamer is not None and not self._takes_ids and not callable(streamer):
@@ -94,7 +97,7 @@ class Sink:
         self._streamer = streamer
         if self._takes_ids:
             # As in transformers, the prompt comes first: such streamers have a switch to skip it.
-            streamer.put(np.asarray(prompt))
+            self._streamer.put(np.asarray(prompt))
 
     def put(self, token: int | None, piece: str) -> None:
         if self._takes_ids and token is not None:

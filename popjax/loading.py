@@ -1,7 +1,7 @@
 """From a name to arrays: config, parameters and the files beside them, wherever the model lives.
 
-A name is a local folder, a `.gguf` file, a hub id, or nothing at all for the default model. What the
-files look like is `checkpoints`' business, what a family looks like is `families`'.
+A name is a local folder, a `.gguf` file, a hub id, or nothing at all for the default model. What
+the files look like is `checkpoints`' business, what a family looks like is `families`'.
 """
 
 from __future__ import annotations

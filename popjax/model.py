@@ -1,7 +1,7 @@
 """A loaded model: text in, text out, with every by-product in one struct.
 
 `load()` finds and reads a checkpoint; `LanguageModel.generate()` takes arguments named as in
-transformers. The work happens in `run.py`; this file turns prompts into tokens and tokens into text.
+transformers. The work happens in `run.py`; this file turns prompts into tokens and back.
 """
 
 from __future__ import annotations
@@ -264,9 +264,7 @@ def _is_ids(prompt: Any) -> bool:
     return all(isinstance(token, int | np.integer) for token in prompt)
 
 
-def _repeated(
-    prompts: list[list[int]], times: int, sampling: SamplingConfig
-) -> list[list[int]]:
+def _repeated(prompts: list[list[int]], times: int, sampling: SamplingConfig) -> list[list[int]]:
     if times < 1:
         raise ValueError(f"num_return_sequences {times} is below 1: ask for at least one")
     if times > 1 and not sampling.do_sample:

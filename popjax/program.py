@@ -19,7 +19,9 @@ class Program:
     Keyword arguments are static and hashable; positional ones are pytrees of arrays.
     """
 
-    def __init__(self, fn: Callable[..., Any], *, static: tuple[str, ...], donate: tuple[int, ...] = ()):
+    def __init__(
+        self, fn: Callable[..., Any], *, static: tuple[str, ...], donate: tuple[int, ...] = ()
+    ):
         self._jitted = jax.jit(fn, static_argnames=static, donate_argnums=donate)
         self._compiled: dict[Hashable, Any] = {}
         self.compilations = 0
@@ -31,7 +33,11 @@ class Program:
     def compiled(self, *args: Any, **static: Any) -> Any:
         """The executable for these arguments, compiled now if it is the first time."""
         leaves, tree = jax.tree.flatten(args)
-        key = (tuple(sorted(static.items(), key=lambda item: item[0])), tree, tuple(map(_signature, leaves)))
+        key = (
+            tuple(sorted(static.items(), key=lambda item: item[0])),
+            tree,
+            tuple(map(_signature, leaves)),
+        )
         if key not in self._compiled:
             started = time.perf_counter()
             self._compiled[key] = self._jitted.lower(*args, **static).compile()

@@ -1,7 +1,7 @@
 """What a run decided, read and cost: counts, bytes and seconds, never a claim.
 
-Bytes of weights a token are those that the compiled step reads from memory, not those a mask zeroes:
-the masked form reads every evaluated row of down, the gathered form only the chosen ones.
+Bytes of weights a token are those that the compiled step reads from memory, not those a mask
+zeroes: the masked form reads every evaluated row of down, the gathered form only the chosen ones.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Everything a run reports. Seconds by phase; bytes held and read; tokens a second in decode."""
+    """All that a run reports. Seconds by phase; bytes held and read; tokens a second in decode."""
 
     model: str
     method: str
@@ -83,7 +83,8 @@ def layer_reports(
         row = config.embed_dim * itemsize
         dense = 3 * layer.mlp_dim * row
         if partition is None:
-            reports.append(LayerReport(layer.mlp_dim, layer.mlp_dim, 0, layer.mlp_dim, dense, dense))
+            counts = (layer.mlp_dim, 0, layer.mlp_dim)
+            reports.append(LayerReport(layer.mlp_dim, *counts, dense, dense))
             continue
         part = partition[i]
         down = part.active if implementation == "gathered" else part.evaluated

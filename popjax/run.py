@@ -101,7 +101,7 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         )
         jax.block_until_ready(outputs)
     with clock.phase("plan"):
-        partition = request.partition or _planned(outputs.statistics, config, method)
+        partition = request.partition or plan_channels(outputs.statistics, config, method)
     packed_params, packed_config, packed = params, config, None
     with clock.phase("pack"):
         if partition is not None:
@@ -125,16 +125,21 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         static = {"config": packed_config, "method": method, "flags": flags}
         static["options"] = request.options
         state = _decode(state, (packed_params, packed, request.masks, values), static, request)
-    return _result(request, state, partition, clock, PROGRAMS.compilations - compiled, _extra_bytes(params, packed_params))
+    compilations = PROGRAMS.compilations - compiled
+    extra = _extra_bytes(params, packed_params)
+    return _result(request, state, partition, clock, compilations, extra)
 
 
-def _planned(statistics: tuple[Any, ...], config: ModelConfig, method: Method) -> Partitions | None:
+def plan_channels(
+    statistics: tuple[Any, ...], config: ModelConfig, method: Method
+) -> Partitions | None:
+    """The method's partition of every layer, None for dense; ValueError for scores not finite."""
     plan, finite = PROGRAMS.plan(statistics, config=config, method=method)
     bad = np.flatnonzero(~np.asarray(finite)).tolist()
     if bad:
         raise ValueError(
-            f"channel scores of layers {bad[:8]} are not finite for this prompt: the weights or the "
-            "dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
+            f"channel scores of layers {bad[:8]} are not finite for this prompt: the weights or "
+            "the dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
         )
     return plan.channels
 
@@ -157,7 +162,7 @@ def _decode(
         if request.on_chunk is not None:
             done = np.asarray(state.done)
             stop = request.on_chunk(np.asarray(state.tokens)[:, : int(state.step)], done)
-            state = state.replace(done=jnp.asarray(done | stop))
+            state = dataclasses.replace(state, done=jnp.asarray(done | stop))
             until = min(int(state.step) + request.chunk, total)
         if int(state.step) >= total or bool(np.all(np.asarray(state.done))):
             return state
@@ -182,7 +187,7 @@ def _result(
     steps = int(state.step)
     tokens = np.asarray(state.tokens)[:, :steps]
     ends = np.isin(tokens, request.eos_ids) if request.eos_ids else np.zeros(tokens.shape, bool)
-    stopped = ends.any(axis=1)
+    stopped = np.any(ends, axis=1)
     counts = np.where(stopped, ends.argmax(axis=1) + 1, steps)
     masks = None if state.masks is None else tuple(m[: steps - 1] for m in state.masks)
     return RunResult(
@@ -205,7 +210,7 @@ def _result(
 def check_request(request: Request, config: ModelConfig, method: Method) -> None:
     """Raise ValueError for anything in the request that this model and method cannot serve."""
     if request.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {request.max_new_tokens} is below 1: ask for at least one")
+        raise ValueError(f"max_new_tokens {request.max_new_tokens} is below 1: ask for one or more")
     if request.sampling.min_new_tokens > request.max_new_tokens:
         raise ValueError(
             f"min_new_tokens {request.sampling.min_new_tokens} exceeds max_new_tokens "
@@ -214,8 +219,9 @@ def check_request(request: Request, config: ModelConfig, method: Method) -> None
     longest = max((len(prompt) for prompt in request.prompts), default=0)
     if longest + request.max_new_tokens > config.max_positions:
         raise ValueError(
-            f"the prompt has {longest} tokens and {request.max_new_tokens} new ones were asked for, "
-            f"above the model's maximum context length of {config.max_positions}: shorten either"
+            f"the prompt has {longest} tokens and {request.max_new_tokens} new ones were asked "
+            f"for, above the model's maximum context length of {config.max_positions}: "
+            "shorten either"
         )
     for i, prompt in enumerate(request.prompts):
         if len(prompt) and not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
@@ -235,8 +241,8 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
     undecided = any(part.k_selected < part.num_candidate for part in request.partition)
     if type(method).mask is Method.mask and undecided and request.masks is None:
         raise ValueError(
-            f"the partition leaves candidates to choose, which {type(method).__name__} cannot: give "
-            "a method that masks, or masks, or a partition whose k_selected is all candidates"
+            f"the partition leaves candidates to choose, which {type(method).__name__} cannot: "
+            "give a method that masks, or masks, or a partition whose k_selected is all candidates"
         )
     if request.masks is None:
         return

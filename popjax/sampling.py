@@ -39,9 +39,10 @@ class SamplingConfig:
         _check("min_new_tokens", self.min_new_tokens, 0, math.inf)
 
     def flags(self) -> SamplingFlags:
+        nucleus = self.top_p is not None and self.top_p < 1
         return SamplingFlags(
             sample=self.do_sample,
-            ranked=self.do_sample and (bool(self.top_k) or (1.0 if self.top_p is None else self.top_p) < 1),
+            ranked=self.do_sample and (bool(self.top_k) or nucleus),
             min_p=self.do_sample and bool(self.min_p),
             penalty=self.repetition_penalty != 1.0,
         )
@@ -60,8 +61,8 @@ class SamplingConfig:
 
 def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    good = good and math.isfinite(value) and low <= value <= high and not (open_low and value == low)
-    if not good:
+    good = good and math.isfinite(value) and low <= value <= high
+    if not good or (open_low and value == low):
         range_ = f"{'above' if open_low else 'at least'} {low:g}"
         range_ += "" if math.isinf(high) else f" and at most {high:g}"
         raise ValueError(f"{name} {value!r} is out of range: it must be {range_}")
@@ -91,7 +92,7 @@ class SamplingValues:
 
 
 def penalised(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Logits [B, V] of tokens seen [B, V] bool divided (if positive) or multiplied by the penalty."""
+    """Logits [B, V] of tokens seen [B, V] divided (if positive) or multiplied by the penalty."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -147,9 +148,7 @@ def processed(
     return logits
 
 
-def choose(
-    logits: jax.Array, keys: jax.Array, flags: SamplingFlags, step: jax.Array
-) -> jax.Array:
+def choose(logits: jax.Array, keys: jax.Array, flags: SamplingFlags, step: jax.Array) -> jax.Array:
     """Next tokens [B] int32 from processed logits [B, V]; keys [B] of each row's own stream."""
     if not flags.sample:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -30,7 +30,7 @@ def rounded(value: float) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelBudget:
-    """Integer counts for one layer of F channels: always on, re-decided each step, chosen of those."""
+    """Counts for one layer of F channels: always on, re-decided each step, chosen of those."""
 
     retained: int
     candidate: int
@@ -193,7 +193,8 @@ def check_partitions(partitions: Sequence[ChannelPartition], config: ModelConfig
     """Raise ValueError unless there is one valid partition of each layer's channels."""
     if len(partitions) != config.num_layers:
         raise ValueError(
-            f"partition has {len(partitions)} layers, the model has {config.num_layers}: give one each"
+            f"partition has {len(partitions)} layers, the model has {config.num_layers}: "
+            "give one each"
         )
     for i, (part, layer) in enumerate(zip(partitions, config.layers, strict=True)):
         _check_partition(i, part, layer)
@@ -204,11 +205,13 @@ def _check_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> None
     if indices.size and not np.issubdtype(indices.dtype, np.integer):
         raise ValueError(f"partition of layer {i} holds {indices.dtype} indices: use integers")
     if indices.size == 0:
-        raise ValueError(f"partition of layer {i} keeps no channel: keep at least one of {layer.mlp_dim}")
-    if indices.min() < 0 or indices.max() >= layer.mlp_dim:
         raise ValueError(
-            f"partition of layer {i} names channel {indices.max() if indices.min() >= 0 else indices.min()}, "
-            f"outside 0..{layer.mlp_dim - 1}"
+            f"partition of layer {i} keeps no channel: keep at least one of {layer.mlp_dim}"
+        )
+    outside = indices[(indices < 0) | (indices >= layer.mlp_dim)]
+    if outside.size:
+        raise ValueError(
+            f"partition of layer {i} names channel {outside[0]}, outside 0..{layer.mlp_dim - 1}"
         )
     if np.unique(indices).size != indices.size:
         raise ValueError(f"partition of layer {i} names a channel twice: each belongs to one set")
@@ -250,11 +253,11 @@ def pack_layer(
         if part.k_selected == part.num_candidate:
             return mlp, part
         norms = down_norms(mlp["down"])[part.candidate]
-        return mlp, part.replace(candidate_norm=norms)
+        return mlp, dataclasses.replace(part, candidate_norm=norms)
     rows = jnp.concatenate([part.retained, part.candidate])
     mlp = {name: gather_rows(w, rows) for name, w in mlp.items()}
     norms = down_norms(mlp["down"][part.num_retained :])
-    return mlp, part.replace(candidate_norm=norms, packed=True)
+    return mlp, dataclasses.replace(part, candidate_norm=norms, packed=True)
 
 
 @jax.jit

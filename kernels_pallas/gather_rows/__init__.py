@@ -1,8 +1,8 @@
 """Copy of chosen rows of a matrix, which packs a partition once per prompt.
 
-Two implementations: `xla` (jnp.take, any device, inside or outside jit) and `host` (memory copies by
-NumPy; concrete arrays on one CPU device). XLA's CPU backend copies rows element by element at about
-2.5 GB/s; NumPy's copies run at memory speed, so `host` is chosen where it can be.
+Two implementations: `xla` (jnp.take, any device, inside or outside jit) and `host` (memory copies
+by NumPy; concrete arrays on one CPU device). XLA's CPU backend copies rows element by element at
+about 2.5 GB/s; NumPy's copies run at memory speed, so `host` is chosen where it can be.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 IMPLEMENTATIONS = ("xla", "host")
 # XLA's CPU client shares a NumPy buffer without a copy only when it is aligned to this many bytes.
@@ -23,7 +24,8 @@ def gather_rows(w: jax.Array, rows: jax.Array, implementation: str | None = None
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
-            f"gather_rows implementation {implementation!r} is unknown: use one of {IMPLEMENTATIONS}"
+            f"gather_rows implementation {implementation!r} is unknown: "
+            f"use one of {IMPLEMENTATIONS}"
         )
     on_host = _on_one_cpu(w)
     if implementation == "host" and not on_host:
@@ -34,7 +36,7 @@ def gather_rows(w: jax.Array, rows: jax.Array, implementation: str | None = None
 
 
 def _on_one_cpu(w: jax.Array) -> bool:
-    if isinstance(w, jax.core.Tracer):
+    if isinstance(w, Tracer):
         return False
     devices = w.devices()
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"

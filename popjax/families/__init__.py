@@ -15,7 +15,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: object) -> Family:
-    """The family of a `model_type`. Raises ValueError listing the supported ones and the nearest."""
+    """The family of a `model_type`. Raises ValueError with the supported ones and the nearest."""
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.4)

@@ -1,12 +1,13 @@
 """What a Hugging Face family is to popjax: a config mapping and converter rows, nothing else.
 
-Helpers here read one value each from a raw config.json (both the `rope_theta`/`rope_scaling` form of
-older files and the `rope_parameters` form of newer ones). Left out: any code that runs a model.
+Helpers here read one value each from a raw config.json (both the `rope_theta`/`rope_scaling` form
+of older files and the `rope_parameters` form of newer ones). Left out: any code that runs a model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -92,23 +93,34 @@ def required(raw: dict[str, Any], key: str, limit: str) -> int:
     return raw[key]
 
 
+def positive(raw: dict[str, Any], key: str) -> float:
+    """A positive number that config.json must state. Raises ValueError when it does not."""
+    value = raw.get(key)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{key} {value!r} in config.json is not a positive number: repair it")
+    return float(value)
+
+
 def rope_config(raw: dict[str, Any], default_theta: float = 10_000.0) -> RopeConfig:
     """Rotary settings of a raw config. Raises ValueError for scalings that are not supported."""
-    values = dict(raw.get("rope_parameters") or {}) or dict(raw.get("rope_scaling") or {})
-    theta = float(values.get("rope_theta", raw.get("rope_theta", default_theta)))
+    values = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"rope scaling {values!r} in config.json is not an object: repair it")
+    theta = positive({"rope_theta": default_theta, **raw, **values}, "rope_theta")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, kind, float(values["factor"]))
+        return RopeConfig(theta, kind, positive(values, "factor"))
     if kind == "llama3":
         return RopeConfig(
             theta,
             kind,
-            float(values["factor"]),
-            float(values["low_freq_factor"]),
-            float(values["high_freq_factor"]),
-            int(values["original_max_position_embeddings"]),
+            positive(values, "factor"),
+            positive(values, "low_freq_factor"),
+            positive(values, "high_freq_factor"),
+            int(positive(values, "original_max_position_embeddings")),
         )
     raise ValueError(
         f"rope scaling {kind!r} is not supported: popjax reads default, linear and llama3"
@@ -128,12 +140,13 @@ def decoder_config(
     num_layers = required(raw, "num_hidden_layers", "num_layers")
     embed_dim = required(raw, "hidden_size", "embed_dim")
     num_heads = required(raw, "num_attention_heads", "num_heads")
+    num_kv_heads, head_dim = raw.get("num_key_value_heads"), raw.get("head_dim")
     rope = rope_config(raw)
     layers = tuple(
         LayerConfig(
             num_heads=num_heads,
-            num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-            head_dim=raw.get("head_dim") or _head_dim(embed_dim, num_heads),
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+            head_dim=_head_dim(embed_dim, num_heads) if head_dim is None else head_dim,
             mlp_dim=required(raw, "intermediate_size", "mlp_dim"),
             window=windows(i),
             rope=rope,
@@ -146,7 +159,7 @@ def decoder_config(
         "embed_dim": embed_dim,
         "layers": layers,
         "max_positions": raw.get("max_position_embeddings", 2048),
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "norm_eps": positive({"rms_norm_eps": 1e-6, **raw}, "rms_norm_eps"),
         "activation": activation(raw.get("hidden_act", "silu")),
         "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
     }

@@ -9,7 +9,7 @@ from popjax.families.family import GGUF_ROWS, HF_ROWS, Family, decoder_config, p
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
-    # The key being absent means 4096 to the published 0.1 checkpoints' own library; null means none.
+    # An absent key means 4096 to the published 0.1 checkpoints' own library; null means none.
     window = raw.get("sliding_window", 4096)
     return decoder_config(raw, "mistral", windows=lambda i: window)
 

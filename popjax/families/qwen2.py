@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases on query, key and value; optional sliding window in the upper layers."""
+"""Qwen2 and Qwen2.5: biases on query, key and value; optional sliding window in upper layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparsity methods: one method, one file, one paper. `METHODS` maps command-line names to classes."""
+"""Sparsity methods: one method, one file, one paper. `METHODS` maps command names to classes."""
 
 from __future__ import annotations
 

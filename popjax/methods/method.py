@@ -1,8 +1,8 @@
 """The interface of a sparsity method: observe each layer in prefill, plan once, mask at every step.
 
-A method is a frozen dataclass, hashable and static under jit. It returns indices and masks; it never
-touches shapes, weights or caches. Every default does nothing, so the base class is dense decoding.
-Subclasses are final: they override defaults, never each other's code.
+A method is a frozen dataclass, hashable and static under jit. It returns indices and masks; it
+never touches shapes, weights or caches. Every default does nothing, so the base class is dense
+decoding. Subclasses are final: they override defaults, never each other's code.
 """
 
 from __future__ import annotations
@@ -90,4 +90,6 @@ class Method:
 def check_share(name: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
     """Raise ValueError unless `value` is a number within low..high."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name} {value!r} is outside {low:g}..{high:g}: give a share in that range")
+        raise ValueError(
+            f"{name} {value!r} is outside {low:g}..{high:g}: give a share in that range"
+        )

@@ -1,7 +1,7 @@
 """RescoreAll: every channel is a candidate at every step; an upper bound on quality, not a saving.
 
-Variant 2 of arXiv 2602.06822 (section 5, Table 6): gate and up are evaluated on all F channels, only
-the down projection is spared.
+Variant 2 of arXiv 2602.06822 (section 5, Table 6): gate and up are evaluated on all F channels,
+only the down projection is spared.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def token_norms(h: jax.Array) -> jax.Array:
 def channel_scores(params: Params, acts: LayerActs, kind: str) -> jax.Array:
     """Importance [F] of each channel for the prompt (arXiv 2602.06822 Eq. 3).
 
-    "down": ||H_i||_2 ||Wd_i||_2, W being the down projection, which is how we read Eq. 3 [inferred].
-    "gate-up": sqrt(sum_k (Wg_ik^2 + Wu_ik^2) ||x_k||^2), the literal reading [inferred], kept as an
-    ablation. "activation": ||H_i||_2 with no weight.
+    "down": ||H_i||_2 ||Wd_i||_2, W being the down projection, which is how we read Eq. 3
+    [inferred]. "gate-up": sqrt(sum_k (Wg_ik^2 + Wu_ik^2) ||x_k||^2), the literal reading
+    [inferred], kept as an ablation. "activation": ||H_i||_2 with no weight.
     """
     if kind == "gate-up":
         x = jnp.where(acts.valid[:, :, None], acts.x.astype(jnp.float32), 0.0)

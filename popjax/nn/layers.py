@@ -67,17 +67,14 @@ class Attention(nn.Module):
             k = ops.rms_norm(k, declare(self, "k_norm", self.config), self.config.norm_eps)
         q, k = ops.rotate(q, table), ops.rotate(k, table)
         cache = write_layer(cache, k, v, slot)
-        B, T, N, H = q.shape
-        grouped = q.reshape(B, T, self.layer.num_kv_heads, -1, H)
-        out = ops.blocked_attention(grouped, cache.k, cache.v, *positions, self.layer.window)
-        o = declare(self, "o", self.config)
-        y = jnp.einsum("BTNH,NHD->BTD", out.reshape(B, T, N, H), o)
+        out = ops.blocked_attention(q, cache.k, cache.v, *positions, self.layer.window)
+        y = ops.heads_out(out, declare(self, "o", self.config))
         if self.config.o_bias:
             y = y + declare(self, "o_bias", self.config)[None, None, :]
         return y, cache
 
     def _heads(self, x: jax.Array, name: str) -> jax.Array:
-        y = jnp.einsum("BTD,NHD->BTNH", x, declare(self, name, self.config))
+        y = ops.heads_in(x, declare(self, name, self.config))
         if self.config.qkv_bias:
             y = y + declare(self, f"{name}_bias", self.config)[None, None, :, :]
         return y
@@ -119,10 +116,11 @@ class Mlp(nn.Module):
             return project(acts.channels(), self.down), statistic
         if acts.evaluated:
             # Every channel was needed for the statistic: only the projection can be spared.
-            return project(acts.channels(), self.down, part.kept_mask(self.layer.mlp_dim)), statistic
-        kept, _ = pack_layer(weights, part, self.layer.mlp_dim)
-        h = gated_channels(x, kept["gate"], kept["up"], activation)
-        return project(h, kept["down"]), statistic
+            kept = part.kept_mask(self.layer.mlp_dim)
+            return project(acts.channels(), self.down, kept), statistic
+        packed, _ = pack_layer(weights, part, self.layer.mlp_dim)
+        h = gated_channels(x, packed["gate"], packed["up"], activation)
+        return project(h, packed["down"]), statistic
 
     def decode(
         self,
@@ -131,7 +129,7 @@ class Mlp(nn.Module):
         part: ChannelPartition | None,
         recorded: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """FFN output [B, T, D] of new tokens and the mask [B or 1, T, R+C] they used (None: all on).
+        """FFN output [B, T, D] of new tokens and the mask [B or 1, T, R+C] used (None: all on).
 
         Every token is masked on its own, so T teacher-forced tokens equal T single steps.
         `recorded` [B, T, R+C] replaces the mask that the method would choose.

@@ -80,17 +80,37 @@ def attention_mask(
     return seen
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention [B, T, K, G, H] of grouped queries.
+def heads_in(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Heads [B, T, N, H] of x [B, T, D] under a weight [N, H, D]."""
+    # As one plain matrix: contracting D of a rank-three weight makes XLA's CPU backend transpose
+    # and hold a second copy of it.
+    flat = jnp.einsum("BTD,FD->BTF", x, weight.reshape(-1, weight.shape[-1]))
+    return flat.reshape(*x.shape[:2], *weight.shape[:2])
 
-    q [B, T, K, G, H]; k, v [B, K, S, H]; mask [B, T, S]. A query that sees nothing (padding) gets
-    the plain mean of v: finite, and never read.
+
+def heads_out(heads: jax.Array, weight: jax.Array) -> jax.Array:
+    """Sum over heads [B, T, N, H] of each head times its weight [N, H, D]: [B, T, D]."""
+    flat = heads.reshape(*heads.shape[:2], -1)
+    return jnp.einsum("BTF,FD->BTD", flat, weight.reshape(-1, weight.shape[-1]))
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled dot-product attention [B, T, N, H] of grouped queries.
+
+    q [B, T, N, H]; k, v [B, K, S, H] or [B*K, S, H]; mask [B, T, S]. A query that sees nothing
+    (padding) gets the plain mean of v: finite, and never read.
     """
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (q.shape[-1] ** -0.5)
+    B, T, N, H = q.shape
+    lead, S = k.shape[:-2], k.shape[-2]
+    K = math.prod(lead) // B
+    # Queries of a group side by side with time: both products are then plain batched matrices.
+    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(*lead, -1, H)
+    scores = jnp.einsum("...QH,...SH->...QS", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, N // K, T, S) * (H**-0.5)
     scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*lead, -1, S)
+    out = jnp.einsum("...QS,...SH->...QH", weights, v)
+    return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def blocked_attention(

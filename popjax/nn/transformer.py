@@ -118,9 +118,7 @@ class Transformer(nn.Module):
             layers.append(written)
             statistics.append(statistic)
         x = x if all_logits else x[:, -1, :]
-        return Outputs(
-            self._logits(x), self._leave(inputs, layers, keys, cache), tuple(statistics)
-        )
+        return Outputs(self._logits(x), self._leave(inputs, layers, keys, cache), tuple(statistics))
 
     def decode(
         self,
@@ -151,7 +149,13 @@ class Transformer(nn.Module):
         return self.embed.lookup(inputs.tokens), write_positions(cache, inputs.positions), tables
 
     def _context(
-        self, i: int, layer: LayerConfig, inputs: Inputs, cache: Cache, keys: jax.Array, tables: dict
+        self,
+        i: int,
+        layer: LayerConfig,
+        inputs: Inputs,
+        cache: Cache,
+        keys: jax.Array,
+        tables: dict,
     ) -> tuple[Any, ...]:
         table = tables[(layer.rope, layer.head_dim)]
         return cache.layers[i], cache.length, table, (inputs.positions, keys)

@@ -277,17 +277,27 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
 
 def test_importing_loads_neither_transformers_nor_torch() -> None:
     code = "import sys, popjax.text, popjax.gguf_tokenizer, popjax.default_model\n"
-    code += "print(sorted({'torch', 'transformers', 'tokenizers', 'rich'} & set(sys.modules)))"
+    code += "print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-def test_loading_says_nothing_about_torch_and_does_not_load_it(tmp_path: Path) -> None:
+def test_loading_gives_no_advice_about_torch(tmp_path: Path) -> None:
     BYTE_LEVEL.save_pretrained(tmp_path)
-    code = "import sys\nfrom popjax.text import load_tokenizer\n"
-    code += "load_tokenizer(sys.argv[1])\nprint('torch' in sys.modules)"
+    code = "import sys\nfrom popjax.text import load_tokenizer\nload_tokenizer(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_gguf_tokenizer_is_built_without_torch() -> None:
+    code = "import sys\nfrom popjax.gguf_tokenizer import tokenizer_from_gguf\n"
+    code += "from tests.popjax.toy_vocabularies import byte_level\n"
+    code += "tokenizer_from_gguf(byte_level())('hi')\nprint('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    )
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 

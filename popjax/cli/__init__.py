@@ -1,0 +1,67 @@
+"""The command line: `popjax generate | chat | inspect | bench | show`.
+
+One file a command; what they share is in `options.py` (arguments), `terminal.py` (where output goes
+and what an error becomes) and `tables.py`. Nothing here imports jax until a command runs, so help
+is instant. Leaves out everything a library caller could want: that is in `popjax` itself.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from popjax.cli import bench, chat, generate, inspect, show
+from popjax.cli.terminal import SETTINGS, forgiving_streams
+
+EPILOG = (
+    "Results go to stdout, progress and reports to stderr. Exit codes: 0 done, 1 failed, 2 wrong "
+    "usage, 130 interrupted."
+)
+
+app = typer.Typer(
+    name="popjax",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for run in (generate.generate, chat.chat, inspect.inspect, bench.bench, show.show):
+    app.command()(run)
+
+
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    try:
+        typer.echo(f"popjax {version('popjax')}")
+    except PackageNotFoundError:
+        typer.echo("popjax (run from its sources, not installed)")
+    raise typer.Exit()
+
+
+@app.callback()
+def _popjax(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="POPJAX_DEBUG", help="Show tracebacks of errors.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Run Hugging Face language models that decode only what their prompt needs."""
+    SETTINGS.debug = debug
+    forgiving_streams()
+
+
+def main() -> None:
+    """Entry point of the `popjax` command; ends the process with its exit code."""
+    app(prog_name="popjax")
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,157 @@
+"""`popjax generate`: one prompt in, text out as it comes, then what the run kept, read and cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_format
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from popjax.cli import options
+from popjax.cli.terminal import Status, command, stderr_console, write
+
+if TYPE_CHECKING:
+    from popjax.methods import Method
+    from popjax.model import Generation, LanguageModel
+
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="End at this text; may be given several times.")
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
+]
+CompareDense = Annotated[
+    bool,
+    typer.Option("--compare-dense", help="Run dense too: speed, agreement of tokens, KL."),
+]
+
+
+@command
+def generate(
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    check_tensors: options.CheckTensors = False,
+    method: options.MethodName = None,
+    ratio: options.Ratio = None,
+    model_ratio: options.ModelRatio = None,
+    gamma: options.Gamma = None,
+    prefill: options.Prefill = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    seed: options.Seed = 0,
+    do_sample: options.DoSample = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.Penalty = None,
+    stop: Stop = None,
+    chat: Chat = False,
+    compare_dense: CompareDense = False,
+    json: options.Json = False,
+) -> None:
+    """Continue a prompt, and report what was kept, read and spent.
+
+    Dense unless --ratio or --model-ratio asks for online pruning, or --method for something else.
+    """
+    chosen = options.chosen_method(
+        method, ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
+    )
+    sampling = options.chosen_sampling(
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    text = options.read_prompt(prompt, prompt_file)
+    loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
+    wanted = {
+        **sampling,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "stop_strings": stop or None,
+    }
+    prompt_ids = loaded.encode(text, chat=chat)
+    found = streamed(loaded, prompt_ids[0], chosen, wanted, quiet=json)
+    if compare_dense:
+        found = _compared(loaded, prompt_ids, found, chosen, wanted)
+    if json:
+        write(json_format.dumps(as_json(found, text), allow_nan=False) + "\n")
+        return
+    from popjax.cli.tables import report_tables
+
+    stderr_console().print(report_tables(found.report, found.finish_reason[0]))
+
+
+def streamed(
+    model: LanguageModel,
+    prompt_ids: list[int],
+    method: Method,
+    wanted: dict[str, Any],
+    *,
+    quiet: bool = False,
+    also: Callable[[str], None] | None = None,
+) -> Generation:
+    """Generate for one prompt, writing text on stdout as it comes unless `quiet`.
+
+    `also` hears every piece too. A line break follows text that lacks one, so that whatever comes next starts a line.
+    """
+    last = "\n"
+    with Status() as status:
+        status.say(f"Compiling, then reading {len(prompt_ids)} tokens")
+        pieces = 0
+
+        def on_text(piece: str) -> None:
+            nonlocal last, pieces
+            pieces += 1
+            if quiet or not sys.stdout.isatty():
+                status.say(f"Decoding, {pieces} pieces of text")
+            else:
+                status.clear()
+            if also is not None:
+                also(piece)
+            if not quiet:
+                write(piece)
+                last = piece[-1]
+
+        try:
+            return model.generate(prompt_ids, method=method, streamer=on_text, **wanted)
+        finally:
+            if last != "\n":
+                write("\n")
+
+
+def _compared(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    found: Generation,
+    method: Method,
+    wanted: dict[str, Any],
+) -> Generation:
+    """The same generation, its report completed by the comparison with dense."""
+    from popjax.compare import compare_dense
+
+    with Status() as status:
+        status.say("Comparing with dense, in turns")
+        comparison = compare_dense(model, prompts, found, method=method, **wanted)
+    report = dataclasses.replace(found.report, comparison=comparison)
+    return dataclasses.replace(found, report=report)
+
+
+def as_json(found: Generation, prompt: str) -> dict[str, Any]:
+    """The result of one prompt as plain JSON values."""
+    return {
+        "prompt": prompt,
+        "text": found.text[0],
+        "tokens": found.tokens[0],
+        "finish_reason": found.finish_reason[0],
+        "report": found.report.to_json(),
+    }

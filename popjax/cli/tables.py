@@ -1,0 +1,160 @@
+"""Reports as tables for people; `--json` prints the same values for machines.
+
+Leaves out every computation but sums, shares and units: the values come from `report.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from popjax.inspection import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+    from popjax.report import Comparison, LayerReport, Report
+
+PHASES = ("load", "compile", "prefill", "plan", "pack", "decode")
+
+
+def table(*columns: str, rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """A plain table whose first column is text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, one pair a line."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in pairs:
+        grid.add_row(name, value)
+    return grid
+
+
+def heading(text: str) -> Text:
+    """A line above what follows, with space before it."""
+    from rich.text import Text
+
+    return Text(f"\n{text}", style="bold underline")
+
+
+def share(part: float, whole: float) -> str:
+    """`part` as a percentage of `whole`."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def seconds(value: float) -> str:
+    """A time with three digits that mean something."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def report_tables(report: Report, finish_reason: str | None = None) -> RenderableType:
+    """A run's report: channels by layer where any were pruned, then bytes, time and speed."""
+    from rich.console import Group
+
+    parts: list[RenderableType] = []
+    if any(layer.active < layer.channels for layer in report.layers):
+        parts.append(_channels(report))
+    parts.append(facts(_facts(report, finish_reason)))
+    return Group(*parts)
+
+
+def _channels(report: Report) -> Table:
+    made = table(
+        "FFN channels",
+        "all",
+        "retained",
+        "candidate",
+        "active a token",
+        "read a token",
+        "of dense",
+        rows=(_channel_row(*group) for group in _alike(report.layers)),
+    )
+    made.add_section()
+    made.add_row(*_channel_row("total", report.totals()))
+    return made
+
+
+def _alike(layers: Sequence[LayerReport]) -> Iterable[tuple[str, LayerReport]]:
+    """Runs of layers with the same numbers, each under one name."""
+    for layer, run in itertools.groupby(enumerate(layers), key=lambda pair: pair[1]):
+        indices = [i for i, _ in run]
+        name = f"layer {indices[0]}"
+        if len(indices) > 1:
+            name = f"layers {indices[0]} to {indices[-1]}, each"
+        yield name, layer
+
+
+def _channel_row(name: str, layer: LayerReport) -> tuple[str, ...]:
+    counts = (layer.channels, layer.retained, layer.candidate, layer.active)
+    return (
+        name,
+        *(str(count) for count in counts),
+        format_bytes(layer.read_bytes),
+        share(layer.read_bytes, layer.dense_bytes),
+    )
+
+
+def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str]]:
+    yield "run", f"{report.model}, {report.method}"
+    ended = f", ended by {finish_reason}" if finish_reason else ""
+    yield "tokens", f"{report.prompt_tokens} prompt, {report.new_tokens} new{ended}"
+    dense, now = report.dense_bytes_per_token, report.read_bytes_per_token
+    if now == dense:
+        yield "weights read", f"{format_bytes(dense)} a token"
+    else:
+        amount = f"{format_bytes(dense)} dense, {format_bytes(now)} now"
+        yield "weights read", f"{amount} a token ({share(now, dense)})"
+    held = [f"weights {format_bytes(report.weight_bytes)}"]
+    held += [f"packed rows {format_bytes(report.packed_bytes)}"] if report.packed_bytes else []
+    held += [f"cache {format_bytes(report.cache_bytes)}"]
+    yield "memory", ", ".join(held)
+    phases = [f"{name} {seconds(report.seconds[name])}" for name in PHASES if name in report.seconds]
+    yield "time", ", ".join(phases)
+    if report.tokens_per_second is not None:
+        yield "decode speed", f"{report.tokens_per_second:.1f} tokens/s"
+    if report.comparison is not None:
+        yield from _comparison(report.comparison)
+
+
+def _comparison(found: Comparison) -> Iterable[tuple[str, str]]:
+    yield "against dense", speed_change(found.decode_speedup)
+    yield "same token", f"{100 * found.token_agreement:.1f} % of tokens are also dense's choice"
+    yield "KL from dense", f"{found.kl:.4g} nats a token"
+    first = ", ".join(str(count) for count in found.first_difference)
+    yield "same start", f"{first} tokens before the dense greedy text differs"
+
+
+def speed_change(ratios: Sequence[float]) -> str:
+    """What rounds of dense time over this time allow one to say; a spread across 1 is no change."""
+    low, high = min(ratios), max(ratios)
+    rounds = f"{len(ratios)} round{'s' if len(ratios) > 1 else ''}"
+    spread = f"{low:.2f} to {high:.2f} over {rounds}"
+    if low <= 1 <= high:
+        return f"no measurable difference in decode time (ratio {spread})"
+    middle = median(ratios)
+    if middle > 1:
+        return f"decodes {middle:.2f} times as fast ({spread})"
+    return f"decodes {1 / middle:.2f} times as slowly (ratio {spread})"
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value, or the mean of the middle two."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

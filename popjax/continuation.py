@@ -1,0 +1,120 @@
+"""Scoring a given continuation under decode-time pruning: the `split` protocol, teacher-forced.
+
+The prefix is prefilled and decides the partition; the continuation is then decoded token by token
+on the packed weights, all its steps in one call, each masked as its own. Scoring prefix and
+continuation in one prefill would exercise no decode-time sparsity at all. Leaves out text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from popjax.config import ModelConfig
+from popjax.generate import PROGRAMS, bucket, left_padded
+from popjax.methods import Method
+from popjax.nn.transformer import Inputs
+from popjax.run import Request, check_request, plan_channels
+from popjax.sparsity import Params, Partitions, pack
+
+
+def continuation_logprobs(
+    params: Params,
+    config: ModelConfig,
+    method: Method,
+    prefix_ids: Sequence[int],
+    continuation_ids: Sequence[int],
+) -> np.ndarray:
+    """Natural log-probability [n] float32 of each of n continuation tokens after the prefix.
+
+    The first comes from the prefill's logits, the others from n - 1 decode steps under `method`.
+    Raises ValueError for what the model cannot serve and for an empty or foreign continuation.
+    """
+    logits = continuation_logits(params, config, method, [prefix_ids], [continuation_ids])
+    tokens = jnp.asarray(np.asarray(continuation_ids, np.int32))
+    padded = jnp.zeros((logits.shape[1],), jnp.int32).at[: len(continuation_ids)].set(tokens)
+    return np.asarray(token_logprobs(logits[0], padded))[: len(continuation_ids)]
+
+
+def continuation_logits(
+    params: Params,
+    config: ModelConfig,
+    method: Method,
+    prefixes: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    partition: Partitions | None = None,
+) -> jax.Array:
+    """Logits [B, n', V] float32 that predict each continuation token, n' at least the longest n.
+
+    Row b is meaningful up to its own length. Rows share a partition as in generation; `partition`
+    replaces the one that the prefixes would decide. Raises ValueError as `continuation_logprobs`.
+    """
+    method = method.for_model(config)
+    _check(config, method, prefixes, continuations, partition)
+    inputs = left_padded(prefixes)
+    steps = max(len(row) for row in continuations) - 1
+    room = bucket(steps) if steps else 0
+    outputs = PROGRAMS.prefill(
+        params,
+        inputs,
+        partition,
+        config=config,
+        method=method,
+        capacity=inputs.tokens.shape[1] + room,
+    )
+    first = outputs.logits[:, None, :]
+    if not steps:
+        return first
+    if partition is None:
+        partition = plan_channels(outputs.statistics, config, method)
+    if partition is not None:
+        params, config, partition = pack(params, config, partition)
+    given = _given_tokens(prefixes, continuations, room)
+    rest = PROGRAMS.score(params, given, outputs.cache, partition, config=config, method=method)
+    return jnp.concatenate([first, rest], axis=1)
+
+
+@jax.jit
+def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Natural log-probability [n] of tokens [n] under logits [n, V]."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _given_tokens(
+    prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], room: int
+) -> Inputs:
+    """Inputs [B, room] of all but the last token of each row, left-aligned: step t is column t."""
+    tokens = np.zeros((len(prefixes), room), np.int32)
+    positions = np.full((len(prefixes), room), -1, np.int32)
+    for row, (prefix, given) in enumerate(zip(prefixes, continuations, strict=True)):
+        n = len(given) - 1
+        tokens[row, :n] = given[:n]
+        positions[row, :n] = len(prefix) + np.arange(n)
+    return Inputs(jnp.asarray(tokens), jnp.asarray(positions))
+
+
+def _check(
+    config: ModelConfig,
+    method: Method,
+    prefixes: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    partition: Partitions | None,
+) -> None:
+    if len(prefixes) != len(continuations):
+        raise ValueError(
+            f"{len(prefixes)} prefixes for {len(continuations)} continuations: give as many of each"
+        )
+    for i, row in enumerate(continuations):
+        if not len(row):
+            raise ValueError(f"continuation {i} has no tokens: give at least one to score")
+        if not 0 <= min(row) <= max(row) < config.vocab_size:
+            raise ValueError(
+                f"continuation {i} has a token id outside 0..{config.vocab_size - 1}: "
+                "encode it with this model's tokenizer"
+            )
+    longest = max((len(row) for row in continuations), default=1)
+    check_request(Request(prefixes, longest, method=method, partition=partition), config, method)

@@ -1,0 +1,382 @@
+"""Decode speed and memory on this machine: against torch, the bytes read, and the prompt's cost.
+
+    python scripts/bench_decode.py --models default random-1b --torch --json bench.json
+
+float32, batch 1, greedy. Everything compared is interleaved round by round in one process and shown
+as a median with its spread. `default` is the default model; `random-1b` has the shape of
+Llama-3.2-1B (whole vocabulary, 4.9 GB) and random weights, which exceed any cache. Leaves out
+quality: see scripts/quality.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import checkpoints
+import popjax
+from kernels_pallas.masked_mlp import masked_mlp
+from popjax import axes
+from popjax.bench import DENSE, BenchResult, Spread, bench, interleaved, speedup_text
+from popjax.config import ModelConfig
+from popjax.families import family_of, model_config
+from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
+from popjax.nn.ops import rms_norm
+from popjax.run import Request, run
+from popjax.sparsity import Params, Partitions, pack
+
+SECTIONS = ("decode", "ffn", "prefill", "memory")
+LLAMA_1B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchModel:
+    """Weights with the Hugging Face config that describes them to torch."""
+
+    raw: dict[str, Any]
+    config: ModelConfig
+    params: Params
+
+
+def named_model(name: str) -> BenchModel:
+    """ "default", "random-1b", or whatever `popjax.load` takes, in float32."""
+    if name == "random-1b":
+        return random_model(LLAMA_1B)
+    model = popjax.load(None if name == "default" else name, dtype="float32")
+    return BenchModel(model.source.raw, model.config, model.params)
+
+
+def random_model(raw: dict[str, Any], seed: int = 0) -> BenchModel:
+    """Normal(0.02) weights of a config, scales one, made tensor by tensor."""
+    config, generator = model_config(raw), np.random.default_rng(seed)
+    params: Params = {}
+    for path, shape in axes.parameter_shapes(config).items():
+        *parents, name = path.split("/")
+        group = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)
+        values = np.ones(shape, np.float32)
+        if name != "scale":
+            generator.standard_normal(out=values, dtype=np.float32)
+            values *= 0.02
+        group[name] = jnp.asarray(values)
+    return BenchModel(raw, config, params)
+
+
+def random_prompt(config: ModelConfig, tokens: int) -> list[int]:
+    return np.random.default_rng(1).integers(0, config.vocab_size, tokens).tolist()
+
+
+def methods_at(ratio: float) -> dict[str, Method]:
+    return {
+        "online-pruning": OnlinePruning(ratio=ratio),
+        "frozen": Frozen(ratio),
+        "rescore-all": RescoreAll(ratio),
+    }
+
+
+def torch_step(model: BenchModel) -> Callable[[list[int], int, int], float]:
+    """A function (prompt, new_tokens, threads) -> seconds of a cached greedy decode step in torch.
+
+    The model is `transformers`' own class with our weights, exported and read back. Raises
+    ImportError where torch is not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = checkpoints.export(model.params, family_of(model.raw["model_type"]).hf_rows)
+        checkpoints.save_safetensors(Path(folder) / "model", tensors, config=model.raw)
+        reference = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+        for parameter in reference.parameters():
+            # Out of the mapped file, so that torch reads plain memory as jax does.
+            parameter.data = parameter.data.clone()
+    reference.eval()
+
+    def step_seconds(prompt: list[int], new_tokens: int, threads: int) -> float:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            out = reference(torch.tensor([prompt]), use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            started = time.perf_counter()
+            for _ in range(new_tokens - 1):
+                out = reference(token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1:].argmax(-1)
+            return (time.perf_counter() - started) / (new_tokens - 1)
+
+    return step_seconds
+
+
+def against_torch(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
+    """Dense decode steps of popjax and of torch with one and with two threads."""
+    prompt, new = random_prompt(model.config, asked.prompt_tokens), asked.new_tokens
+    torch_seconds = torch_step(model)
+
+    def ours() -> float:
+        result = run(model.params, model.config, Request([prompt], new))
+        return result.seconds["decode"] / (new - 1)
+
+    measures = {"popjax": ours}
+    for threads in (1, 2):
+        measures[f"torch, {threads} threads"] = functools.partial(
+            torch_seconds, prompt, new, threads
+        )
+    found = {k: Spread(tuple(v)) for k, (_, v) in interleaved(measures, asked.rounds).items()}
+    best = min((found[name] for name in measures if name != "popjax"), key=lambda s: s.median)
+    ratio = best.over(found["popjax"])
+    for name, spread in found.items():
+        tokens = Spread(tuple(1 / seconds for seconds in spread.rounds))
+        print(f"  {name}: {tokens} tokens/s")
+    print(f"  popjax against torch's best: {speedup_text(ratio)}")
+    seconds = {name: spread.to_json() for name, spread in found.items()}
+    return {"step_seconds": seconds, "torch_over_popjax": ratio.to_json()}
+
+
+def decode_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
+    """Whole decode steps of each method against dense, and against the ratio of bytes read."""
+    result = bench(
+        model,
+        methods_at(asked.ratio),
+        prompt_ids=[random_prompt(model.config, asked.prompt_tokens)],
+        new_tokens=asked.new_tokens,
+        rounds=asked.rounds,
+    )
+    values = result.to_json()
+    for row in values["methods"]:
+        name = row["name"]
+        print(f"  {name}: {Spread(tuple(1e3 * s for s in row['decode_step']['rounds']))} ms a step")
+        if name != DENSE:
+            row["share_of_bytes_ratio"] = result.ratio(name).median / row["bytes_ratio"]
+            print(
+                f"    {row['speedup']}; bytes allow {row['bytes_ratio']:.2f}, "
+                f"share reached {row['share_of_bytes_ratio']:.2f}"
+            )
+    if asked.torch:
+        values["torch"] = against_torch(model, asked)
+    return values
+
+
+@functools.partial(jax.jit, static_argnames=("method", "activation"))
+def ffn_steps(
+    layers: list[Params],
+    partition: Partitions | None,
+    x: jax.Array,
+    steps: jax.Array,
+    *,
+    method: Method,
+    activation: str,
+) -> jax.Array:
+    """`steps` decode steps of the FFN layers alone, x [B, 1, D] in and out."""
+
+    def step(_: jax.Array, x: jax.Array) -> jax.Array:
+        for i, mlp in enumerate(layers):
+            part = None if partition is None else partition[i]
+            y, _mask = masked_mlp(
+                x,
+                mlp["gate"],
+                mlp["up"],
+                mlp["down"],
+                activation=activation,
+                select=lambda h, part=part: None if part is None else method.mask(h, part),
+                active=0 if part is None else part.active,
+            )
+            # Keeps the stream finite through random layers; costs nothing beside the weights.
+            x = rms_norm(x + y, jnp.ones(x.shape[-1:], x.dtype), 1e-6)
+        return x
+
+    return jax.lax.fori_loop(0, steps, step, x)
+
+
+def ffn_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
+    """The FFN of a decode step alone, against its ideal: channels over channels evaluated."""
+    prompt = random_prompt(model.config, asked.prompt_tokens)
+    x = jnp.asarray(
+        np.random.default_rng(2).standard_normal((1, 1, model.config.embed_dim)), jnp.float32
+    )
+    names = [f"layer_{i}" for i in range(model.config.num_layers)]
+    steps = jnp.int32(asked.new_tokens)
+    measures: dict[str, Callable[[], float]] = {}
+    ideal: dict[str, float] = {}
+    for name, method in {DENSE: Method(), **methods_at(asked.ratio)}.items():
+        params, partition = model.params, None
+        if name != DENSE:
+            found = run(params, model.config, Request([prompt], 1, method=method)).partition
+            assert found is not None, "a pruning method plans a partition"
+            params, _, partition = pack(params, model.config, found)
+            evaluated = sum(part.evaluated for part in partition)
+            ideal[name] = sum(layer.mlp_dim for layer in model.config.layers) / evaluated
+        mlps = [params[layer]["mlp"] for layer in names]
+        one = functools.partial(
+            ffn_steps, mlps, partition, x, steps, method=method, activation=model.config.activation
+        )
+        measures[name] = functools.partial(_seconds, one, asked.new_tokens)
+    found = {k: Spread(tuple(v)) for k, (_, v) in interleaved(measures, asked.rounds).items()}
+    values: dict[str, Any] = {DENSE: found[DENSE].to_json()}
+    print(f"  {DENSE}: {found[DENSE].median * 1e3:.2f} ms a step")
+    for name, best in ideal.items():
+        ratio = found[DENSE].over(found[name])
+        values[name] = {**found[name].to_json(), "ratio": ratio.to_json(), "ideal": best}
+        print(f"  {name}: {speedup_text(ratio)}; ideal {best:.2f}, share {ratio.median / best:.2f}")
+    return values
+
+
+def _seconds(call: Callable[[], jax.Array], steps: int) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    return (time.perf_counter() - started) / steps
+
+
+def prefill_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
+    """What observing, planning and packing add to a prompt, as a share of its dense prefill."""
+    methods: dict[str, Method] = {
+        "online-pruning": OnlinePruning(ratio=asked.ratio),
+        "online-pruning, dense prefill": OnlinePruning(ratio=asked.ratio, prefill="dense"),
+        "griffin": Griffin(asked.ratio),
+    }
+    prompt = [random_prompt(model.config, asked.long_prompt_tokens)]
+    result = bench(model, methods, prompt_ids=prompt, new_tokens=2, rounds=asked.rounds)
+    print(f"  dense: {result[DENSE].prefill} s for {asked.long_prompt_tokens} tokens")
+    values = result.to_json()
+    for name in methods:
+        observe, plan, packing = (Spread(phase) for phase in _added(result, name))
+        total = Spread(
+            tuple(map(sum, zip(observe.rounds, plan.rounds, packing.rounds, strict=True)))
+        )
+        values[name] = {
+            "observe": observe.to_json(),
+            "plan": plan.to_json(),
+            "pack": packing.to_json(),
+            "total": total.to_json(),
+        }
+        print(f"  {name}: observe {observe} + plan {plan} + pack {packing} = {total} of it")
+    return values
+
+
+def _added(result: BenchResult, name: str) -> tuple[tuple[float, ...], ...]:
+    """Observe, plan and pack of a method, each round as a share of that round's dense prefill."""
+    dense, method = result[DENSE].prefill.rounds, result[name]
+    pairs = zip(method.prefill.rounds, dense, strict=True)
+    observe = tuple(mine / theirs - 1 for mine, theirs in pairs)
+    return observe, *(
+        part.over(result[DENSE].prefill).rounds for part in (method.plan, method.pack)
+    )
+
+
+def memory_section(name: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """Peak resident memory of fresh processes, above what Python and jax take before any model."""
+    values = {}
+    for method in (DENSE, *methods_at(asked.ratio)):
+        command = [sys.executable, __file__, "--models", name, "--peak-of", method]
+        command += ["--ratio", str(asked.ratio), "--prompt-tokens", str(asked.prompt_tokens)]
+        command += ["--new-tokens", str(asked.new_tokens)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        needed = found["weights"] + found["cache"] + found["packed"]
+        found["share"] = (found["peak"] - found["start"]) / needed
+        values[method] = found
+        print(
+            f"  {method}: {(found['peak'] - found['start']) / 1e6:.0f} MB at peak, above "
+            f"{found['start'] / 1e6:.0f} MB held before the model: {found['share']:.3f} of "
+            f"weights + cache + packed rows, {needed / 1e6:.0f} MB"
+        )
+    return values
+
+
+def peak_of(name: str, method_name: str, asked: argparse.Namespace) -> dict[str, int]:
+    """Bytes of this process after loading and one run: at its start, at its peak, and held."""
+    jnp.zeros(1).block_until_ready()
+    start = resident_bytes("VmHWM")
+    model = named_model(name)
+    method = {DENSE: Method(), **methods_at(asked.ratio)}[method_name]
+    prompt = random_prompt(model.config, asked.prompt_tokens)
+    result = run(model.params, model.config, Request([prompt], asked.new_tokens, method=method))
+    return {
+        "start": start,
+        "peak": resident_bytes("VmHWM"),
+        "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
+        "cache": result.cache_bytes,
+        "packed": result.packed_bytes,
+    }
+
+
+def resident_bytes(field: str) -> int:
+    """A field of /proc/self/status in bytes. Raises OSError where there is no such file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}: peak memory can only be read on Linux")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["default", "random-1b"])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--long-prompt-tokens", type=int, default=512, help="of section prefill")
+    parser.add_argument("--torch", action="store_true", help="also time transformers on torch")
+    parser.add_argument("--json", type=Path, help="also write every round's numbers here")
+    parser.add_argument("--peak-of", choices=[DENSE, *methods_at(0.5)], help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print; see `--help`."""
+    asked = _arguments(argv)
+    if asked.peak_of is not None:
+        print(json.dumps(peak_of(asked.models[0], asked.peak_of, asked)))
+        return
+    if asked.torch and importlib.util.find_spec("torch") is None:
+        sys.exit("--torch needs the package torch: install the extra `parity`, or leave it out")
+    measured: dict[str, Any] = {"jax": jax.__version__, "cores": os.cpu_count(), "models": {}}
+    for name in asked.models:
+        values = measured["models"][name] = {}
+        if "memory" in asked.sections:  # before this process holds a model of its own
+            print(f"{name}, memory:")
+            values["memory"] = memory_section(name, asked)
+        sections = {"decode": decode_section, "ffn": ffn_section, "prefill": prefill_section}
+        chosen = {key: section for key, section in sections.items() if key in asked.sections}
+        if chosen:
+            model = named_model(name)
+            for key, section in chosen.items():
+                print(f"{name}, {key}:", flush=True)
+                values[key] = section(model, asked)
+            del model  # before the next one is made beside it
+    if asked.json is not None:
+        partial = asked.json.with_name(asked.json.name + ".partial")
+        partial.write_text(json.dumps(measured, indent=2) + "\n")
+        os.replace(partial, asked.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Sizes of published models as their config.json state them, for tests that allocate nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _raw(
+    model_type: str,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    heads: tuple[int, int],
+    **more: Any,
+) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "max_position_embeddings": 32768,
+        **more,
+    }
+
+
+def _llama31(*sizes: Any, **more: Any) -> dict[str, Any]:
+    return _raw("llama", 128256, *sizes, rope_theta=500_000.0, rope_scaling=_LLAMA3, **more)
+
+
+LLAMA_31_8B = _llama31(4096, 14336, 32, (32, 8))
+LLAMA_31_70B = _llama31(8192, 28672, 80, (64, 8))
+LLAMA_32_1B = _llama31(2048, 8192, 16, (32, 8), head_dim=64, tie_word_embeddings=True)
+LLAMA_2_7B = _raw("llama", 32000, 4096, 11008, 32, (32, 32))
+LLAMA_2_13B = _raw("llama", 32000, 5120, 13824, 40, (40, 40))
+LLAMA_2_70B = _raw("llama", 32000, 8192, 28672, 80, (64, 8))
+MISTRAL_7B = _raw("mistral", 32000, 4096, 14336, 32, (32, 8), sliding_window=4096)
+QWEN25_7B = _raw("qwen2", 152064, 3584, 18944, 28, (28, 4))
+QWEN3_8B = _raw("qwen3", 151936, 4096, 12288, 36, (32, 8), head_dim=128)
+QWEN3_32B = _raw("qwen3", 151936, 5120, 25600, 64, (64, 8), head_dim=128)
+SMOLLM2_135M = _raw("llama", 49152, 576, 1536, 30, (9, 3), tie_word_embeddings=True)
+
+PARAMETER_COUNTS: dict[str, tuple[dict[str, Any], int]] = {
+    "Llama-3.1-8B": (LLAMA_31_8B, 8_030_261_248),
+    "Llama-3.1-70B": (LLAMA_31_70B, 70_553_706_496),
+    "Llama-2-7B": (LLAMA_2_7B, 6_738_415_616),
+    "Llama-3.2-1B": (LLAMA_32_1B, 1_235_814_400),
+    "Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096),
+    "Qwen2.5-7B": (QWEN25_7B, 7_615_616_512),
+    "Qwen3-8B": (QWEN3_8B, 8_190_735_360),
+    "SmolLM2-135M": (SMOLLM2_135M, 134_515_008),
+}
+
+
+def _experts(top_k: int, width: int) -> int:
+    """FFN width of the dense layer that a token's routed experts amount to."""
+    return top_k * width
+
+
+# FFN ratio in percent at a model ratio of 20 % and 40 % (arXiv 2602.06822, Table 8). Of the
+# mixtures only the activated routed experts count; of the vision models only the 7B language model.
+FFN_RATIOS: dict[str, tuple[dict[str, Any], float, float]] = {
+    "Llama-2-7B": (LLAMA_2_7B, 29.9, 59.8),
+    "Llama-2-13B": (LLAMA_2_13B, 29.9, 59.8),
+    "Llama-2-70B": (LLAMA_2_70B, 24.3, 48.6),
+    "Llama-3.1-8B": (LLAMA_31_8B, 24.8, 49.5),
+    "Llama-3.1-70B": (LLAMA_31_70B, 24.3, 48.6),
+    "Qwen3-8B": (QWEN3_8B, 25.6, 51.1),
+    "Qwen3-32B": (QWEN3_32B, 24.8, 49.6),
+    "Qwen1.5-MoE-A2.7B": (
+        _raw("qwen2", 151936, 2048, _experts(4, 1408), 24, (16, 16)),
+        29.7,
+        59.4,
+    ),
+    "Qwen2-57B-A14B": (_raw("qwen2", 151936, 3584, _experts(8, 2560), 28, (28, 4)), 22.7, 45.3),
+    "Qwen3-30B-A3B": (
+        _raw("qwen3", 151936, 2048, _experts(8, 768), 48, (32, 4), head_dim=128),
+        30.0,
+        60.0,
+    ),
+    "Qwen2-VL-7B": (QWEN25_7B, 22.9, 45.8),
+    "Qwen2.5-VL-7B": (QWEN25_7B, 22.9, 45.8),
+}

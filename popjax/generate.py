@@ -32,14 +32,16 @@ class DecodeState:
     """Everything that one decode step hands to the next; M is the bucket of new tokens.
 
     tokens [B, M] int32 so far, last [B] the token to feed next at positions [B], done [B] rows that
-    met an end token, step (scalar) tokens out per row, keys [B]. Optional: logprobs [B, M], logits
-    [B, M, V], masks [M-1, B, R+C] a layer (entry i made token i+1), seen [B, V].
+    met an end token, finite [B] rows whose logits always were, step (scalar) tokens out per row,
+    keys [B]. Optional: logprobs [B, M], logits [B, M, V], masks [M-1, B, R+C] a layer (entry i
+    made token i+1), seen [B, V].
     """
 
     tokens: jax.Array
     last: jax.Array
     positions: jax.Array
     done: jax.Array
+    finite: jax.Array
     step: jax.Array
     keys: jax.Array
     cache: kv.Cache
@@ -152,6 +154,7 @@ def emit(
         tokens=at_step(state.tokens, token),
         last=token,
         done=state.done | ended,
+        finite=state.finite & (state.done | jnp.all(jnp.isfinite(logits), axis=-1)),
         step=step + 1,
         logprobs=logprobs,
         logits=None if state.logits is None else at_step(state.logits, logits),
@@ -182,6 +185,7 @@ def start(
         last=jnp.zeros((B,), jnp.int32),
         positions=inputs.positions[:, -1] + 1,
         done=jnp.zeros((B,), bool),
+        finite=jnp.ones((B,), bool),
         step=jnp.zeros((), jnp.int32),
         keys=keys,
         cache=cache,

@@ -97,7 +97,9 @@ def group_bytes(rows: tuple[ParameterRow, ...]) -> dict[str, int]:
 def stored_types(source: Source) -> dict[str, int]:
     """How many tensors the files store in each type, by their headers."""
     names = source.tensors.names()
-    return dict(collections.Counter(source.tensors.info(name).dtype for name in names).most_common())
+    return dict(
+        collections.Counter(source.tensors.info(name).dtype for name in names).most_common()
+    )
 
 
 def memory_need(

@@ -1,14 +1,13 @@
-"""The picture of a pruned run: which channels a prompt kept, and which candidates each step chose.
+"""The picture of a pruned run: which channels a prompt kept, which candidates each step chose.
 
-Needs the extra `plots` (matplotlib), imported only when drawing. Leaves out making the run: it takes
-a finished generation's partition and masks.
+Needs the extra `plots` (matplotlib), imported only when drawing. Leaves out making the run: it
+takes a finished generation's partition and masks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,24 +24,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # From the palette of Okabe and Ito: told apart with any colour vision, and in grey.
-RETAINED, CANDIDATE, PRUNED = "#0072B2", "#E69F00", "#E9E9E9"
+RETAINED, CANDIDATE, PRUNED = "#0072B2", "#E69F00", "#D2D2D2"
 CHOSEN, REFUSED = "#E69F00", "#FFFFFF"
 # A cell is two pixels wide and four tall, or more, so that none is lost to rounding.
 MAX_COLUMNS = 512
 MAX_CELLS_TALL = 4
-MAX_STEP_COLUMNS = 128
+MAX_STEP_COLUMNS = 600  # of all panels together
 MAX_STEPS = 48
 MAX_PANELS = 4
 # Inches, but for the last.
 _WIDTH, _LEFT, _RIGHT = 13.0, 1.35, 0.35
-_HEAD, _BETWEEN, _FOOT = 2.05, 1.5, 0.75
+_HEAD, _BETWEEN, _FOOT = 2.32, 1.5, 0.75
 _LAYER, _STEP = 0.165, 0.16
 _DPI = 120
+# Characters that fit where they are written, even the widest.
+_LINE, _TOKEN = 84, 13
 
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """What a run decided: partition over the F channels, masks [steps, B, R+C] a layer (or None)."""
+    """What a run decided: partition over the F channels, masks [steps, B, R+C] a layer or None."""
 
     config: ModelConfig
     partition: Partitions
@@ -104,7 +105,7 @@ def draw(
     map_height = min(max(_LAYER * decided.config.num_layers, 1.2), 6.0)
     steps_height = max(_STEP * steps, 1.2) if shown else 0.0
     height = _HEAD + map_height + _FOOT + (_BETWEEN + steps_height if shown else 0.0)
-    figure = _new_figure(height)
+    figure = _figure_class()(figsize=(_WIDTH, height), facecolor="white")
     _head(figure, height, decided, title, prompt)
     across = (_LEFT, _WIDTH - _RIGHT)
     _draw_map(_axes(figure, height, across, _HEAD, map_height), decided)
@@ -113,21 +114,27 @@ def draw(
     for n, i in enumerate(shown):
         span = (_LEFT + n * room, _LEFT + (n + 1) * room - 0.3)
         axes = _axes(figure, height, span, top, steps_height)
-        _draw_steps(axes, decided, i, written if n == 0 else None)
+        labels = written if n == 0 else None
+        _draw_steps(axes, decided, i, labels, MAX_STEP_COLUMNS // len(shown))
     if shown:
         _steps_head(figure, height, top, steps)
     with new_file(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)
 
 
-def _new_figure(height: float) -> Figure:
+def require_matplotlib() -> None:
+    """Raise ImportError, saying what to install, where matplotlib is not."""
+    _figure_class()
+
+
+def _figure_class() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             'drawing needs matplotlib, which is not installed: pip install "popjax[plots]"'
         ) from error
-    return Figure(figsize=(_WIDTH, height), facecolor="white")
+    return Figure
 
 
 def _axes(
@@ -148,26 +155,26 @@ def _head(figure: Figure, height: float, decided: Decided, title: str, prompt: s
         # parse_math: a prompt may hold dollar signs.
         figure.text(_LEFT / _WIDTH, 1 - inches / height, text, va="top", parse_math=False, **style)
 
-    line(0.22, f"What one prompt keeps of {title}", fontsize=16, weight="bold")
-    line(0.62, f"prompt: “{printable(textwrap.shorten(prompt, 110))}”", fontsize=11, color="#444444")
+    line(0.2, "What one prompt keeps of a model", fontsize=16, weight="bold")
+    line(0.56, printable(title, _LINE), fontsize=12)
+    line(0.82, f"prompt: “{printable(' '.join(prompt.split()), _LINE)}”", fontsize=12)
     retained, candidate, pruned = decided.counts
     total = retained + candidate + pruned
     meanings = (
         (RETAINED, "retained: on for every token", retained),
         (CANDIDATE, "candidate: chosen anew at every token", candidate),
-        (PRUNED, "pruned: never read for this prompt", pruned),
+        (PRUNED, "pruned: not read while decoding", pruned),
     )
     figure.legend(
         handles=[
-            Patch(facecolor=colour, edgecolor="#777777", linewidth=0.6)
-            for colour, _, _ in meanings
+            Patch(facecolor=colour, edgecolor="#777777", linewidth=0.6) for colour, _, _ in meanings
         ],
         labels=[
             f"{text}\n{count:,} channels ({100 * count / total:.1f} %)"
             for _, text, count in meanings
         ],
         loc="upper left",
-        bbox_to_anchor=(_LEFT / _WIDTH, 1 - 0.92 / height),
+        bbox_to_anchor=(_LEFT / _WIDTH, 1 - 1.22 / height),
         ncols=3,
         frameon=False,
         fontsize=11,
@@ -177,7 +184,7 @@ def _head(figure: Figure, height: float, decided: Decided, title: str, prompt: s
         handlelength=1.6,
         handleheight=1.6,
     )
-    line(1.68, "FFN channels of every layer", fontsize=13, weight="bold")
+    line(1.94, "FFN channels of every layer", fontsize=13, weight="bold")
 
 
 def _draw_map(axes: Axes, decided: Decided) -> None:
@@ -195,7 +202,7 @@ def _draw_map(axes: Axes, decided: Decided) -> None:
         extent=(0, columns * tall * mixed, count - 0.5, -0.5),
     )
     # White lines part the rows, or neighbouring layers read as one texture.
-    axes.hlines(np.arange(1, count) - 0.5, 0, width, color="white", linewidth=2)
+    axes.hlines(np.arange(1, count) - 0.5, 0, width, color="white", linewidth=2.5)
     axes.set_ylabel("layer", fontsize=11)
     axes.set_yticks(range(0, count, max(1, -(-count // 16))))
     order = f"; {tall} stand in a column, read downwards" if tall > 1 else ""
@@ -214,25 +221,29 @@ def _layer_cells(
     kinds[np.asarray(part.retained)] = to_rgb(RETAINED)
     kinds[np.asarray(part.candidate)] = to_rgb(CANDIDATE)
     cells = np.ones((columns * tall, 3))
-    filled = binned(kinds.T, -(-channels // mixed)).T
+    filled = binned(kinds.T, mixed).T
     cells[: len(filled)] = filled
     return cells.reshape(columns, tall, 3).swapaxes(0, 1)
 
 
-def binned(values: np.ndarray, bins: int) -> np.ndarray:
-    """Means [..., bins] over `bins` nearly equal runs of the last axis of values [..., n >= bins]."""
-    edges = np.arange(bins + 1) * values.shape[-1] // bins
-    return np.add.reduceat(values, edges[:-1], axis=-1) / np.diff(edges)
+def binned(values: np.ndarray, each: int) -> np.ndarray:
+    """Means [..., bins] over runs of `each` along the last axis; the last run may be shorter."""
+    starts = np.arange(0, values.shape[-1], each)
+    lengths = np.diff(starts, append=values.shape[-1])
+    return np.add.reduceat(values, starts, axis=-1) / lengths
 
 
-def _draw_steps(axes: Axes, decided: Decided, i: int, written: Sequence[str] | None) -> None:
+def _draw_steps(
+    axes: Axes, decided: Decided, i: int, written: Sequence[str] | None, columns: int
+) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     chosen = decided.chosen(i)[:MAX_STEPS]
     # The busiest first: what every step wants stands left, what none wants right.
     order = np.argsort(-chosen.sum(axis=0), kind="stable")
     steps, candidates = chosen.shape
-    shares = binned(chosen[:, order].astype(float), min(candidates, MAX_STEP_COLUMNS))
+    mixed = -(-candidates // columns)
+    shares = binned(chosen[:, order].astype(float), mixed)
     colours = LinearSegmentedColormap.from_list("chosen", [REFUSED, CHOSEN])
     axes.imshow(
         shares,
@@ -241,18 +252,20 @@ def _draw_steps(axes: Axes, decided: Decided, i: int, written: Sequence[str] | N
         cmap=colours,
         vmin=0,
         vmax=1,
-        extent=(0, candidates, steps - 0.5, -0.5),
+        extent=(0, shares.shape[1] * mixed, steps - 0.5, -0.5),
     )
+    axes.set_xlim(0, candidates)
     axes.set_title(
         f"layer {i}: {decided.partition[i].k_selected} of {candidates} a step", fontsize=11
     )
-    axes.set_xlabel("candidates, most often chosen first", fontsize=10)
+    mix = f" (a column mixes {mixed})" if mixed > 1 else ""
+    axes.set_xlabel(f"candidates, most often chosen first{mix}", fontsize=10)
     axes.spines[:].set_color("#999999")
     axes.spines[:].set_linewidth(0.6)
     if written is None:
         axes.set_yticks([])
         return
-    labels = [printable(text) for text in written[:steps]]
+    labels = [printable(text, _TOKEN) for text in written[:steps]]
     axes.set_yticks(range(len(labels)), labels, fontsize=9, parse_math=False)
     axes.set_ylabel("token written", fontsize=11)
 
@@ -269,7 +282,9 @@ def _steps_head(figure: Figure, height: float, top: float, steps: int) -> None:
     )
 
 
-def printable(text: str) -> str:
-    """Text on one line, with marks for what the picture's font cannot show."""
+def printable(text: str, longest: int) -> str:
+    """Text on one line of at most `longest` characters, with marks for what has no glyph."""
     shown = text.replace("\n", "⏎").replace("\t", "→")
+    if len(shown) > longest:
+        shown = shown[: longest - 1] + "…"
     return "".join(c if c in "⏎→…" or (c.isprintable() and ord(c) < 0x250) else "□" for c in shown)

@@ -87,13 +87,14 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     """Generate from token prompts.
 
     Raises ValueError, before anything is compiled, for a request that the model cannot serve, and
-    after prefill for channel scores that are not finite.
+    after prefill or decode for channel scores or logits that are not finite.
     """
     method = request.method.for_model(config)
     check_request(request, config, method)
     clock, compiled = _Clock(), PROGRAMS.compilations
     inputs = left_padded(request.prompts)
     rows, T = inputs.tokens.shape
+    keys = row_keys(request.seed, rows)
     room = bucket(request.max_new_tokens)
     with clock.phase("prefill"):
         outputs = PROGRAMS.prefill(
@@ -114,7 +115,7 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
             outputs.cache,
             outputs.logits,
             inputs,
-            row_keys(request.seed, rows),
+            keys,
             _mask_buffers(request, packed, rows, room),
             values,
             flags=flags,
@@ -125,6 +126,7 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         static = {"config": packed_config, "method": method, "flags": flags}
         static["options"] = request.options
         state = _decode(state, (packed_params, packed, request.masks, values), static, request)
+    _check_finite(state)
     compilations = PROGRAMS.compilations - compiled
     extra = _extra_bytes(params, packed_params)
     return _result(request, state, partition, clock, compilations, extra)
@@ -142,6 +144,15 @@ def plan_channels(
             "the dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
         )
     return plan.channels
+
+
+def _check_finite(state: DecodeState) -> None:
+    bad = np.flatnonzero(~np.asarray(state.finite)).tolist()
+    if bad:
+        raise ValueError(
+            f"logits of rows {bad[:8]} are not finite: the weights or the dtype overflow; check "
+            "the checkpoint (check_tensors=True) or load it in float32"
+        )
 
 
 def _mask_buffers(
@@ -209,8 +220,9 @@ def _result(
 
 def check_request(request: Request, config: ModelConfig, method: Method) -> None:
     """Raise ValueError for anything in the request that this model and method cannot serve."""
-    if request.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {request.max_new_tokens} is below 1: ask for one or more")
+    asked = request.max_new_tokens
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise ValueError(f"max_new_tokens {asked!r} is not a whole number above 0: ask for one")
     if request.sampling.min_new_tokens > request.max_new_tokens:
         raise ValueError(
             f"min_new_tokens {request.sampling.min_new_tokens} exceeds max_new_tokens "
@@ -246,11 +258,24 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
         )
     if request.masks is None:
         return
+    if len(request.masks) != config.num_layers:
+        raise ValueError(
+            f"masks have {len(request.masks)} layers, the model has {config.num_layers}: "
+            "give one each"
+        )
     steps = request.max_new_tokens - 1
     for i, (mask, part) in enumerate(zip(request.masks, request.partition, strict=True)):
         want = (len(request.prompts), part.evaluated)
+        if mask.dtype != bool:
+            raise ValueError(f"masks of layer {i} hold {mask.dtype} values: give booleans")
         if mask.ndim != 3 or mask.shape[0] < steps or mask.shape[1:] != want:
             raise ValueError(
                 f"masks of layer {i} have shape {mask.shape}: {request.max_new_tokens} tokens need "
                 f"({steps} or more steps, {want[0]} rows, {want[1]} evaluated channels)"
+            )
+        counts = np.unique(np.asarray(mask).sum(axis=-1)).tolist()
+        if request.options.implementation == "gathered" and counts not in ([], [part.active]):
+            raise ValueError(
+                f"masks of layer {i} have {counts} channels on, 'gathered' needs {part.active} in "
+                "every one: use 'masked' for masks of other counts"
             )

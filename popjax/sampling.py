@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 
@@ -35,8 +37,8 @@ class SamplingConfig:
         _check("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
         _check("top_p", 1.0 if self.top_p is None else self.top_p, 0.0, 1.0)
         _check("min_p", 0.0 if self.min_p is None else self.min_p, 0.0, 1.0)
-        _check("top_k", self.top_k or 0, 0, math.inf)
-        _check("min_new_tokens", self.min_new_tokens, 0, math.inf)
+        _check("top_k", self.top_k or 0, 0, math.inf, whole=True)
+        _check("min_new_tokens", self.min_new_tokens, 0, math.inf, whole=True)
 
     def flags(self) -> SamplingFlags:
         nucleus = self.top_p is not None and self.top_p < 1
@@ -59,12 +61,20 @@ class SamplingConfig:
         )
 
 
-def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
+def _check(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    open_low: bool = False,
+    whole: bool = False,
+) -> None:
+    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     good = good and math.isfinite(value) and low <= value <= high
     if not good or (open_low and value == low):
         range_ = f"{'above' if open_low else 'at least'} {low:g}"
         range_ += "" if math.isinf(high) else f" and at most {high:g}"
+        range_ += " and a whole number" if whole else ""
         raise ValueError(f"{name} {value!r} is out of range: it must be {range_}")
 
 
@@ -116,7 +126,8 @@ def ranked_filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.
     least_k = jnp.take_along_axis(ordered, jnp.broadcast_to(top_k - 1, (len(logits), 1)), axis=-1)
     probability = jax.nn.softmax(jnp.where(ordered >= least_k, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    inside = ((before < top_p) | (rank == 0)) & (ordered >= least_k)
+    # A sum of probabilities may round to 1 before the last token: a top_p of 1 must still keep all.
+    inside = ((before < top_p) | (top_p >= 1) | (rank == 0)) & (ordered >= least_k)
     least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -163,11 +174,18 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     """One random key a row: row i of a single seed, or a seed of its own for every row.
 
     A row given its own seed draws the same tokens whatever batch it is in.
-    Raises ValueError when the number of seeds is not the number of rows.
+    Raises ValueError when the number of seeds is not the number of rows, or one is no seed.
     """
-    if isinstance(seed, int):
-        base = jax.random.key(seed)
+    if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str):
+        base = _key(seed)
         return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(rows))
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds for {rows} rows: give one seed, or one a row")
-    return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(seed))
+    return jax.vmap(lambda key: jax.random.fold_in(key, 0))(jnp.stack([_key(s) for s in seed]))
+
+
+def _key(seed: Any) -> jax.Array:
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed {seed!r} is not a whole number of 64 bits: give one that is")
+    return jax.random.key(int(seed))

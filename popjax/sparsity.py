@@ -201,7 +201,13 @@ def check_partitions(partitions: Sequence[ChannelPartition], config: ModelConfig
 
 
 def _check_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> None:
-    indices = np.concatenate([np.asarray(part.retained), np.asarray(part.candidate)])
+    sets = [np.asarray(part.retained), np.asarray(part.candidate)]
+    if any(indices.ndim != 1 for indices in sets):
+        raise ValueError(
+            f"partition of layer {i} has index arrays of shapes {[s.shape for s in sets]}: "
+            "give one axis each"
+        )
+    indices = np.concatenate(sets)
     if indices.size and not np.issubdtype(indices.dtype, np.integer):
         raise ValueError(f"partition of layer {i} holds {indices.dtype} indices: use integers")
     if indices.size == 0:

@@ -1,17 +1,15 @@
 """Decode speed and memory on this machine: against torch, the bytes read, and the prompt's cost.
 
-    python scripts/bench_decode.py --models default random-1b --torch --json bench.json
+    python -m scripts.bench_decode --models default random-1b --torch --json bench.json
 
 float32, batch 1, greedy. Everything compared is interleaved round by round in one process and shown
-as a median with its spread. `default` is the default model; `random-1b` has the shape of
-Llama-3.2-1B (whole vocabulary, 4.9 GB) and random weights, which exceed any cache. Leaves out
-quality: see scripts/quality.py.
+as a median with its spread; the models are those of `bench_models.py`. Leaves out quality, which is
+`quality.py`'s business.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -29,78 +27,23 @@ import jax.numpy as jnp
 import numpy as np
 
 import checkpoints
-import popjax
 from kernels_pallas.masked_mlp import masked_mlp
-from popjax import axes
 from popjax.bench import DENSE, BenchResult, Spread, bench, interleaved, speedup_text
-from popjax.config import ModelConfig
-from popjax.families import family_of, model_config
-from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
+from popjax.families import family_of
+from popjax.methods import Griffin, Method, OnlinePruning
 from popjax.nn.ops import rms_norm
 from popjax.run import Request, run
 from popjax.sparsity import Params, Partitions, pack
+from scripts.bench_models import (
+    DEFAULT,
+    RANDOM_1B,
+    BenchModel,
+    methods_at,
+    named_model,
+    random_prompt,
+)
 
 SECTIONS = ("decode", "ffn", "prefill", "memory")
-LLAMA_1B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchModel:
-    """Weights with the Hugging Face config that describes them to torch."""
-
-    raw: dict[str, Any]
-    config: ModelConfig
-    params: Params
-
-
-def named_model(name: str) -> BenchModel:
-    """ "default", "random-1b", or whatever `popjax.load` takes, in float32."""
-    if name == "random-1b":
-        return random_model(LLAMA_1B)
-    model = popjax.load(None if name == "default" else name, dtype="float32")
-    return BenchModel(model.source.raw, model.config, model.params)
-
-
-def random_model(raw: dict[str, Any], seed: int = 0) -> BenchModel:
-    """Normal(0.02) weights of a config, scales one, made tensor by tensor."""
-    config, generator = model_config(raw), np.random.default_rng(seed)
-    params: Params = {}
-    for path, shape in axes.parameter_shapes(config).items():
-        *parents, name = path.split("/")
-        group = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)
-        values = np.ones(shape, np.float32)
-        if name != "scale":
-            generator.standard_normal(out=values, dtype=np.float32)
-            values *= 0.02
-        group[name] = jnp.asarray(values)
-    return BenchModel(raw, config, params)
-
-
-def random_prompt(config: ModelConfig, tokens: int) -> list[int]:
-    return np.random.default_rng(1).integers(0, config.vocab_size, tokens).tolist()
-
-
-def methods_at(ratio: float) -> dict[str, Method]:
-    return {
-        "online-pruning": OnlinePruning(ratio=ratio),
-        "frozen": Frozen(ratio),
-        "rescore-all": RescoreAll(ratio),
-    }
 
 
 def torch_step(model: BenchModel) -> Callable[[list[int], int, int], float]:
@@ -146,9 +89,8 @@ def against_torch(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any
 
     measures = {"popjax": ours}
     for threads in (1, 2):
-        measures[f"torch, {threads} threads"] = functools.partial(
-            torch_seconds, prompt, new, threads
-        )
+        label = f"torch, {threads} thread{'s' if threads > 1 else ''}"
+        measures[label] = functools.partial(torch_seconds, prompt, new, threads)
     found = {k: Spread(tuple(v)) for k, (_, v) in interleaved(measures, asked.rounds).items()}
     best = min((found[name] for name in measures if name != "popjax"), key=lambda s: s.median)
     ratio = best.over(found["popjax"])
@@ -225,7 +167,7 @@ def ffn_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
     steps = jnp.int32(asked.new_tokens)
     measures: dict[str, Callable[[], float]] = {}
     ideal: dict[str, float] = {}
-    for name, method in {DENSE: Method(), **methods_at(asked.ratio)}.items():
+    for name, method in methods_at(asked.ratio).items():
         params, partition = model.params, None
         if name != DENSE:
             found = run(params, model.config, Request([prompt], 1, method=method)).partition
@@ -291,53 +233,34 @@ def _added(result: BenchResult, name: str) -> tuple[tuple[float, ...], ...]:
 
 
 def memory_section(name: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """Peak resident memory of fresh processes, above what Python and jax take before any model."""
+    """Peak memory of fresh processes, above that of the same run with a model of tiny widths.
+
+    What is subtracted is Python, jax and the compiled programs, which do not grow with the widths.
+    """
     values = {}
-    for method in (DENSE, *methods_at(asked.ratio)):
-        command = [sys.executable, __file__, "--models", name, "--peak-of", method]
-        command += ["--ratio", str(asked.ratio), "--prompt-tokens", str(asked.prompt_tokens)]
-        command += ["--new-tokens", str(asked.new_tokens)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+    for method in methods_at(asked.ratio):
+        base, found = (_peak(name, method, asked, *flags) for flags in (["--tiny"], []))
         needed = found["weights"] + found["cache"] + found["packed"]
-        found["share"] = (found["peak"] - found["start"]) / needed
-        values[method] = found
+        held = found["peak"] - base["peak"]
+        values[method] = {**found, "without_model": base["peak"], "share": held / needed}
         print(
-            f"  {method}: {(found['peak'] - found['start']) / 1e6:.0f} MB at peak, above "
-            f"{found['start'] / 1e6:.0f} MB held before the model: {found['share']:.3f} of "
-            f"weights + cache + packed rows, {needed / 1e6:.0f} MB"
+            f"  {method}: {held / 1e6:.0f} MB at peak, above {base['peak'] / 1e6:.0f} MB without "
+            f"the model; {held / needed:.3f} of weights + cache + packed rows"
         )
     return values
 
 
-def peak_of(name: str, method_name: str, asked: argparse.Namespace) -> dict[str, int]:
-    """Bytes of this process after loading and one run: at its start, at its peak, and held."""
-    jnp.zeros(1).block_until_ready()
-    start = resident_bytes("VmHWM")
-    model = named_model(name)
-    method = {DENSE: Method(), **methods_at(asked.ratio)}[method_name]
-    prompt = random_prompt(model.config, asked.prompt_tokens)
-    result = run(model.params, model.config, Request([prompt], asked.new_tokens, method=method))
-    return {
-        "start": start,
-        "peak": resident_bytes("VmHWM"),
-        "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
-        "cache": result.cache_bytes,
-        "packed": result.packed_bytes,
-    }
-
-
-def resident_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes. Raises OSError where there is no such file."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}: peak memory can only be read on Linux")
+def _peak(name: str, method: str, asked: argparse.Namespace, *flags: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "scripts.peak_memory", "--model", name, "--method", method]
+    for option in ("ratio", "prompt_tokens", "new_tokens"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(asked, option))]
+    done = subprocess.run([*command, *flags], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["default", "random-1b"])
+    parser.add_argument("--models", nargs="+", default=[DEFAULT, RANDOM_1B])
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=5)
@@ -346,16 +269,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--long-prompt-tokens", type=int, default=512, help="of section prefill")
     parser.add_argument("--torch", action="store_true", help="also time transformers on torch")
     parser.add_argument("--json", type=Path, help="also write every round's numbers here")
-    parser.add_argument("--peak-of", choices=[DENSE, *methods_at(0.5)], help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; see `--help`."""
     asked = _arguments(argv)
-    if asked.peak_of is not None:
-        print(json.dumps(peak_of(asked.models[0], asked.peak_of, asked)))
-        return
     if asked.torch and importlib.util.find_spec("torch") is None:
         sys.exit("--torch needs the package torch: install the extra `parity`, or leave it out")
     measured: dict[str, Any] = {"jax": jax.__version__, "cores": os.cpu_count(), "models": {}}

@@ -49,4 +49,5 @@ def _host_gather(w: np.ndarray, rows: np.ndarray) -> jax.Array:
     start = -raw.ctypes.data % _ALIGNMENT
     out = raw[start : start + count].view(w.dtype).reshape(shape)
     np.take(w, rows, axis=0, out=out, mode="clip")
-    return jnp.asarray(out)
+    # device_put takes the buffer as it is; jnp.asarray would copy it once more.
+    return jax.device_put(out)

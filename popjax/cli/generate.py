@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="End at this text; may be given several times.")
 ]
-Chat = Annotated[
-    bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
-]
 CompareDense = Annotated[
     bool,
     typer.Option("--compare-dense", help="Run dense too: speed, agreement of tokens, KL."),
@@ -52,7 +49,7 @@ def generate(
     min_p: options.MinP = None,
     repetition_penalty: options.Penalty = None,
     stop: Stop = None,
-    chat: Chat = False,
+    chat: options.Chat = False,
     compare_dense: CompareDense = False,
     json: options.Json = False,
 ) -> None:
@@ -60,9 +57,15 @@ def generate(
 
     Dense unless --ratio or --model-ratio asks for online pruning, or --method for something else.
     """
+    from popjax.methods import method_name
+
     chosen = options.chosen_method(
         method, ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
     )
+    if compare_dense and method_name(chosen) == "dense":
+        raise typer.BadParameter(
+            "there is nothing to compare: give --ratio or --method", param_hint="--compare-dense"
+        )
     sampling = options.chosen_sampling(
         do_sample=do_sample,
         temperature=temperature,
@@ -82,7 +85,7 @@ def generate(
     prompt_ids = loaded.encode(text, chat=chat)
     found = streamed(loaded, prompt_ids[0], chosen, wanted, quiet=json)
     if compare_dense:
-        found = _compared(loaded, prompt_ids, found, chosen, wanted)
+        found = _compared(loaded, prompt_ids, found, chosen)
     if json:
         write(json_format.dumps(as_json(found, text), allow_nan=False) + "\n")
         return
@@ -102,7 +105,8 @@ def streamed(
 ) -> Generation:
     """Generate for one prompt, writing text on stdout as it comes unless `quiet`.
 
-    `also` hears every piece too. A line break follows text that lacks one, so that whatever comes next starts a line.
+    `also` hears every piece too. A line break follows text that lacks one, so that whatever comes
+    next starts a line.
     """
     last = "\n"
     with Status() as status:
@@ -130,18 +134,20 @@ def streamed(
 
 
 def _compared(
-    model: LanguageModel,
-    prompts: list[list[int]],
-    found: Generation,
-    method: Method,
-    wanted: dict[str, Any],
+    model: LanguageModel, prompts: list[list[int]], found: Generation, method: Method
 ) -> Generation:
     """The same generation, its report completed by the comparison with dense."""
     from popjax.compare import compare_dense
 
     with Status() as status:
-        status.say("Comparing with dense, in turns")
-        comparison = compare_dense(model, prompts, found, method=method, **wanted)
+        status.say("Comparing with dense: warming up")
+        comparison = compare_dense(
+            model,
+            prompts,
+            found,
+            method=method,
+            on_round=lambda done: status.say(f"Comparing with dense: {done} rounds done"),
+        )
     report = dataclasses.replace(found.report, comparison=comparison)
     return dataclasses.replace(found, report=report)
 

@@ -220,7 +220,7 @@ def _parameters(facts: dict[str, Any]) -> RenderableType:
         )
         for row in facts["parameters"]
     ]
-    made = table("parameter", "group", "axes", "shape", "times", "bytes", rows=rows)
+    made = table("parameter", "group", "axes", "shape", "times", "bytes", rows=rows, words=3)
     made.add_section()
     for group, size in facts["group_bytes"].items():
         made.add_row("all", group, "", "", share(size, total), format_bytes(size))
@@ -234,7 +234,10 @@ def _fit_lines(fit: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("weights", format_bytes(fit["weight_bytes"])),
         (f"packed at {fit['ratio']:g}", format_bytes(fit["packed_bytes"])),
-        ("cache", f"{format_bytes(fit['cache_bytes'])} for {fit['context']} tokens, {per_token} each"),
+        (
+            "cache",
+            f"{format_bytes(fit['cache_bytes'])} for {fit['context']} tokens, {per_token} each",
+        ),
         ("together", format_bytes(fit["total_bytes"])),
     ]
     if fit["free_bytes"] is None:

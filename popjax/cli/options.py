@@ -62,15 +62,11 @@ MethodName = Annotated[
 ]
 Ratio = Annotated[
     float | None,
-    typer.Option(
-        min=0.0, max=1.0, help="Share of FFN channels to prune.", rich_help_panel=_METHOD
-    ),
+    typer.Option(help="Share of FFN channels to prune, 0 to 1.", rich_help_panel=_METHOD),
 ]
 ModelRatio = Annotated[
     float | None,
     typer.Option(
-        min=0.0,
-        max=1.0,
         help="Share of attention plus FFN parameters to prune, all of it in the FFN; instead of "
         "--ratio.",
         rich_help_panel=_METHOD,
@@ -79,8 +75,6 @@ ModelRatio = Annotated[
 Gamma = Annotated[
     float | None,
     typer.Option(
-        min=0.0,
-        max=1.0,
         help="Share of channels re-decided at every token (0.1).",
         rich_help_panel=_METHOD,
     ),
@@ -97,7 +91,10 @@ Prompt = Annotated[
 ]
 PromptFile = Annotated[
     Path | None,
-    typer.Option(exists=True, dir_okay=False, allow_dash=True, help="Read the prompt from a file."),
+    typer.Option(help='Read the prompt from a file, or from what is piped in for "-".'),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
@@ -122,8 +119,6 @@ TopK = Annotated[
 TopP = Annotated[
     float | None,
     typer.Option(
-        min=0.0,
-        max=1.0,
         help="Draw from the fewest tokens with this much probability.",
         rich_help_panel=_SAMPLING,
     ),
@@ -131,8 +126,6 @@ TopP = Annotated[
 MinP = Annotated[
     float | None,
     typer.Option(
-        min=0.0,
-        max=1.0,
         help="Drop tokens less likely than this share of the best.",
         rich_help_panel=_SAMPLING,
     ),
@@ -277,9 +270,12 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
             "no prompt was given: write one after the command, use --prompt-file, or pipe one in",
             param_hint="PROMPT",
         )
-    piped = file is None or str(file) == "-"
-    data = sys.stdin.buffer.read() if file is None or piped else file.read_bytes()
-    what = "standard input" if piped else str(file)
+    if file is None or str(file) == "-":
+        what, data = "standard input", sys.stdin.buffer.read()
+    elif file.is_file():
+        what, data = str(file), file.read_bytes()
+    else:
+        raise typer.BadParameter(f"there is no file {file}", param_hint="--prompt-file")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from popjax.bench import DENSE, Spread, speedup_text
 from popjax.inspection import format_bytes
 
 if TYPE_CHECKING:
@@ -16,19 +17,22 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from popjax.bench import BenchResult
     from popjax.report import Comparison, LayerReport, Report
 
 PHASES = ("load", "compile", "prefill", "plan", "pack", "decode")
 
 
-def table(*columns: str, rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
-    """A plain table whose first column is text and whose others are numbers."""
+def table(
+    *columns: str, rows: Iterable[Sequence[str]], title: str | None = None, words: int = 1
+) -> Table:
+    """A plain table whose first `words` columns are text and whose others are numbers."""
     from rich import box
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if i < words else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
@@ -124,37 +128,65 @@ def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str
     held += [f"packed rows {format_bytes(report.packed_bytes)}"] if report.packed_bytes else []
     held += [f"cache {format_bytes(report.cache_bytes)}"]
     yield "memory", ", ".join(held)
-    phases = [f"{name} {seconds(report.seconds[name])}" for name in PHASES if name in report.seconds]
+    phases = [
+        f"{name} {seconds(report.seconds[name])}" for name in PHASES if name in report.seconds
+    ]
     yield "time", ", ".join(phases)
     if report.tokens_per_second is not None:
         yield "decode speed", f"{report.tokens_per_second:.1f} tokens/s"
     if report.comparison is not None:
-        yield from _comparison(report.comparison)
+        yield from _comparison(report.comparison, report.new_tokens)
 
 
-def _comparison(found: Comparison) -> Iterable[tuple[str, str]]:
+def _comparison(found: Comparison, new_tokens: int) -> Iterable[tuple[str, str]]:
     yield "against dense", speed_change(found.decode_speedup)
     yield "same token", f"{100 * found.token_agreement:.1f} % of tokens are also dense's choice"
     yield "KL from dense", f"{found.kl:.4g} nats a token"
-    first = ", ".join(str(count) for count in found.first_difference)
-    yield "same start", f"{first} tokens before the dense greedy text differs"
+    shared = ", ".join(str(count) for count in found.first_difference)
+    yield "same start", f"{shared} of {new_tokens} tokens, before dense's greedy text parts"
 
 
-def speed_change(ratios: Sequence[float]) -> str:
+def speed_change(rounds: Sequence[float]) -> str:
     """What rounds of dense time over this time allow one to say; a spread across 1 is no change."""
-    low, high = min(ratios), max(ratios)
-    rounds = f"{len(ratios)} round{'s' if len(ratios) > 1 else ''}"
-    spread = f"{low:.2f} to {high:.2f} over {rounds}"
-    if low <= 1 <= high:
-        return f"no measurable difference in decode time (ratio {spread})"
-    middle = median(ratios)
-    if middle > 1:
-        return f"decodes {middle:.2f} times as fast ({spread})"
-    return f"decodes {1 / middle:.2f} times as slowly (ratio {spread})"
+    ratio = Spread(tuple(rounds))
+    if ratio.low <= 1 <= ratio.high:
+        return (
+            f"no measurable difference: {ratio.low:.2f} to {ratio.high:.2f} times dense speed over "
+            f"{len(rounds)} rounds"
+        )
+    return speedup_text(ratio)
 
 
-def median(values: Sequence[float]) -> float:
-    """The middle value, or the mean of the middle two."""
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+def bench_view(result: BenchResult) -> RenderableType:
+    """Times of every method, median (least to most) over the rounds, and speed against dense."""
+    from rich.console import Group
+
+    rows = [
+        (
+            row.name,
+            _milliseconds(row.decode_step.rounds),
+            _milliseconds(row.prefill.rounds),
+            _milliseconds(
+                [plan + pack for plan, pack in zip(row.plan.rounds, row.pack.rounds, strict=True)]
+            ),
+            format_bytes(row.read_bytes),
+        )
+        for row in result.methods
+    ]
+    columns = ("method", "decode step, ms", "prefill, ms", "plan and pack, ms", "read a token")
+    rounds = len(result.methods[0].decode_step.rounds)
+    title = (
+        f"{result.prompt_tokens} prompt and {result.new_tokens} new tokens; median (least to most) "
+        f"of {rounds} interleaved round{'s' if rounds > 1 else ''}"
+    )
+    verdicts = [
+        (f"{row.name}, decode", speed_change(result.ratio(row.name).rounds))
+        for row in result.methods
+        if row.name != DENSE
+    ]
+    return Group(title, table(*columns, rows=rows), facts(verdicts))
+
+
+def _milliseconds(rounds: Sequence[float]) -> str:
+    spread = Spread(tuple(1e3 * seconds for seconds in rounds))
+    return f"{spread.median:.3g} ({spread.low:.3g}-{spread.high:.3g})"

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 INTERRUPTED = 130
-# As XLA, and as numpy's MemoryError, name the size that could not be had.
+# The size that could not be had, as XLA on CPU, numpy, and XLA on TPU ("Used 21G of 16G") put it.
 _ASKED_BYTES = re.compile(r"allocat\w*\s+(\d+) bytes")
-_ASKED_UNITS = re.compile(r"[Aa]llocat\w*\s+([\d.]+) ?([KMGT]i?B)")
+_ASKED_UNITS = re.compile(r"(?:[Aa]llocat\w*|Used)\s+([\d.]+) ?([KMGT](?:i?B)?)")
 
 
 @dataclasses.dataclass
@@ -99,8 +99,9 @@ class Status:
         if not sys.stderr.isatty():
             return
         if self._spinner is None:
-            self._spinner = stderr_console().status(message)
-            self._spinner.start()
+            spinner = stderr_console().status(message)
+            spinner.start()
+            self._spinner = spinner
         else:
             self._spinner.update(message)
 

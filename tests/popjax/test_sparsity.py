@@ -104,7 +104,7 @@ def test_ffn_ratios_of_the_paper(name: str) -> None:
 
 
 def test_a_model_ratio_that_the_ffn_cannot_give() -> None:
-    with pytest.raises(ValueError, match="model_ratio 0.9 needs an FFN ratio of 1.346"):
+    with pytest.raises(ValueError, match="model_ratio 0.9 needs an FFN ratio of 1.347"):
         ffn_ratio(model_config(LLAMA_2_7B), 0.9)
 
 
@@ -130,9 +130,7 @@ WIDTH = 21
 @given(
     rows=st.lists(
         st.lists(
-            st.one_of(
-                st.sampled_from([0.0, 1.0, 2.0]), st.floats(0, 3e38, width=32, allow_nan=False)
-            ),
+            st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(0, 2.0**127, width=32)),
             min_size=WIDTH,
             max_size=WIDTH,
         ),

@@ -1,0 +1,113 @@
+"""`popjax show`: a picture of what one prompt keeps, and of what each step chose."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from popjax.cli import options
+from popjax.cli.terminal import Status, command, say, write
+
+if TYPE_CHECKING:
+    from popjax.methods import Method
+    from popjax.model import Generation, LanguageModel
+
+DEFAULT_STEPS = 32
+Output = Annotated[
+    Path, typer.Option("--output", "-o", dir_okay=False, help="Where to write the PNG.")
+]
+Layers = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--layer",
+        min=0,
+        help="A layer whose steps to show, up to four times; by default first, middle and last.",
+    ),
+]
+
+
+@command
+def show(
+    prompt: options.Prompt = None,
+    prompt_file: options.PromptFile = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    method: options.MethodName = None,
+    ratio: options.Ratio = None,
+    model_ratio: options.ModelRatio = None,
+    gamma: options.Gamma = None,
+    prefill: options.Prefill = None,
+    max_new_tokens: options.MaxNewTokens = DEFAULT_STEPS,
+    chat: options.Chat = False,
+    layer: Layers = None,
+    output: Output = Path("popjax-partition.png"),
+) -> None:
+    """Draw which FFN channels a prompt keeps, and which candidates each step chose, as a PNG.
+
+    Online pruning of half of the channels, where nothing else is asked for. Prints the file's name.
+    """
+    from popjax import picture
+
+    chosen = options.pruning_method(method, ratio, model_ratio, gamma, prefill)
+    if output.suffix.lower() != ".png" or not output.parent.is_dir():
+        raise typer.BadParameter(
+            f"{output} must be a .png file in a folder that exists", param_hint="--output"
+        )
+    text = options.read_prompt(prompt, prompt_file)
+    picture.require_matplotlib()  # before the work, not after it
+    loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    with Status() as status:
+        status.say("Compiling, reading the prompt, decoding")
+        found = loaded.generate(
+            text,
+            chat=chat,
+            method=chosen,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            record_masks=True,
+        )
+        status.say("Drawing")
+        _draw(output, loaded, found, chosen, text, layer)
+    say(f"{len(found.tokens[0])} tokens written by {loaded.name} went into the picture")
+    write(f"{output}\n")
+
+
+def _draw(
+    output: Path,
+    model: LanguageModel,
+    found: Generation,
+    method: Method,
+    prompt: str,
+    layers: list[int] | None,
+) -> None:
+    from popjax import picture
+    from popjax.text import decode
+
+    assert found.partition is not None, "only dense runs have none, and they are refused"
+    written = [
+        decode(model.tokenizer, [token], skip_special_tokens=False) for token in found.tokens[0]
+    ]
+    picture.draw(
+        output,
+        picture.Decided(model.config, found.partition, found.masks),
+        title=f"{model.name} ({_described(method, found)})",
+        prompt=prompt,
+        written=written[1:],  # the prefill wrote the first
+        layers=layers,
+    )
+
+
+def _described(method: Method, found: Generation) -> str:
+    settings = dataclasses.asdict(method)
+    named = {"ratio": "ratio", "model_ratio": "model ratio"}
+    parts = [
+        f"{words} {settings[name]:g}"
+        for name, words in named.items()
+        if settings.get(name) is not None
+    ]
+    return ", ".join([found.report.method, *parts])

@@ -1,0 +1,60 @@
+"""popjax's own checkpoint: (config, params) through orbax, restored onto one device or a mesh.
+
+For restarting quickly and for sharded restore. It is not a format to exchange models in, and holds
+no tokenizer: `LanguageModel.save` writes a Hugging Face folder for that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+import checkpoints
+from popjax import axes
+from popjax.config import ModelConfig, from_json, to_json
+from popjax.sparsity import Params
+
+
+def save_native(path: str | os.PathLike[str], config: ModelConfig, params: Params) -> Path:
+    """Write config and parameters into a new folder; CheckpointError where it is not empty."""
+    return checkpoints.store.save(path, to_json(config), params)
+
+
+def restore_native(
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    rules: Mapping[str, str] = axes.TENSOR_PARALLEL,
+) -> tuple[ModelConfig, Params]:
+    """Config and parameters from a folder that `save_native` wrote.
+
+    With a mesh every parameter is sharded by its axis letters under `rules` (letter -> mesh axis),
+    each device reading its own part. Raises CheckpointError for a damaged or foreign folder,
+    ValueError where a mesh axis does not divide a parameter.
+    """
+    shardings = None
+    if mesh is not None:
+        chosen = mesh
+
+        def shardings(path: str) -> NamedSharding:
+            return NamedSharding(chosen, axes.partition_spec(path, rules))
+
+    values, params = checkpoints.store.restore(path, shardings=shardings)
+    config = from_json(values)
+    found = {"/".join(keys): leaf.shape for keys, leaf in _leaves(params)}
+    expected = axes.parameter_shapes(config)
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+        raise checkpoints.CheckpointError(
+            f"{path} does not fit its own config: parameter {wrong!r} differs; save it again"
+        )
+    return config, params
+
+
+def _leaves(params: Params) -> list[tuple[tuple[str, ...], jax.Array]]:
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [(tuple(entry.key for entry in path), leaf) for path, leaf in flat]

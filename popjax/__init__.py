@@ -3,23 +3,30 @@
     model = popjax.load()
     result = model.generate("...", method=popjax.OnlinePruning(ratio=0.5))
 
-Importing has no side effects: no backend starts and no environment variable is set.
+Importing has no side effects: no backend starts, no environment variable is set, and jax itself is
+imported with the first name that is used, so that `popjax --help` answers at once.
 """
 
-from popjax.config import ModelConfig
-from popjax.methods import (
-    METHODS,
-    Frozen,
-    Griffin,
-    Method,
-    OnlinePruning,
-    RescoreAll,
-    method_named,
-)
-from popjax.model import Generation, LanguageModel, load
-from popjax.report import Report
-from popjax.sampling import SamplingConfig
-from popjax.sparsity import ChannelBudget, ChannelPartition, channel_budget
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from popjax.config import ModelConfig
+    from popjax.methods import (
+        METHODS,
+        Frozen,
+        Griffin,
+        Method,
+        OnlinePruning,
+        RescoreAll,
+        method_named,
+    )
+    from popjax.model import Generation, LanguageModel, load
+    from popjax.report import Report
+    from popjax.sampling import SamplingConfig
+    from popjax.sparsity import ChannelBudget, ChannelPartition, channel_budget
 
 __all__ = [
     "METHODS",
@@ -39,3 +46,24 @@ __all__ = [
     "load",
     "method_named",
 ]
+
+_HOMES = {
+    "config": ("ModelConfig",),
+    "model": ("Generation", "LanguageModel", "load"),
+    "report": ("Report",),
+    "sampling": ("SamplingConfig",),
+    "sparsity": ("ChannelBudget", "ChannelPartition", "channel_budget"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'popjax' has no attribute {name!r}")
+    home = next((home for home, names in _HOMES.items() if name in names), "methods")
+    value = getattr(importlib.import_module(f"popjax.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -189,19 +189,7 @@ def bench(
 
     def measure(name: str) -> Callable[[], Report]:
         request = Request(prompt_ids, new_tokens, method=cases[name], options=options)
-
-        def once() -> Report:
-            return make_report(
-                model="",
-                method=name,
-                config=model.config,
-                params=model.params,
-                result=run(model.params, model.config, request),
-                load_seconds=0.0,
-                implementation=implementation,
-            )
-
-        return once
+        return lambda: _report(model, name, request)
 
     found = interleaved({name: measure(name) for name in cases}, rounds, on_round)
     return BenchResult(
@@ -209,6 +197,19 @@ def bench(
         prompt_tokens=max(len(row) for row in prompt_ids),
         new_tokens=new_tokens,
         methods=tuple(_method_bench(name, *reports) for name, reports in found.items()),
+    )
+
+
+def _report(model: Weights, name: str, request: Request) -> Report:
+    """The report of one run, which is where seconds and bytes are counted."""
+    return make_report(
+        model="",
+        method=name,
+        config=model.config,
+        params=model.params,
+        result=run(model.params, model.config, request),
+        load_seconds=0.0,
+        implementation=request.options.implementation,
     )
 
 

@@ -52,11 +52,7 @@ def compare_dense(
     that do not match the prompts, or that hold no token at all.
     """
     rows = generation.tokens
-    if len(rows) != len(prompts) or not all(rows):
-        raise ValueError(
-            f"{len(prompts)} prompts and {len(rows)} generated rows of lengths "
-            f"{[len(row) for row in rows]} cannot be compared: give one row of tokens a prompt"
-        )
+    _check_rows(prompts, rows)
     longest = max(len(row) for row in rows)
     if max_new_tokens is None:
         room = model.config.max_positions - max(len(prompt) for prompt in prompts)
@@ -80,6 +76,14 @@ def compare_dense(
             _common(row, dense.tolist()) for row, dense in zip(rows, free, strict=True)
         ),
     )
+
+
+def _check_rows(prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> None:
+    if len(rows) != len(prompts) or not all(rows):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(rows)} generated rows of lengths "
+            f"{[len(row) for row in rows]} cannot be compared: give one row of tokens a prompt"
+        )
 
 
 def _distance(

@@ -232,8 +232,9 @@ def decode(
         )
         return emit(state, out.logits, values, flags)
 
-    state = jax.lax.while_loop(going, step, state.replace(cache=kv.merged(state.cache)))
-    return state.replace(cache=kv.split(state.cache))
+    state = dataclasses.replace(state, cache=kv.merged(state.cache))
+    state = jax.lax.while_loop(going, step, state)
+    return dataclasses.replace(state, cache=kv.split(state.cache))
 
 
 def _record(kept: Masks | None, used: tuple, step: jax.Array) -> Masks | None:

@@ -152,6 +152,11 @@ class LanguageModel:
             prompts = [prompts]
         elif isinstance(prompts, np.ndarray | jax.Array):
             prompts = np.atleast_2d(np.asarray(prompts)).tolist()
+        elif not isinstance(prompts, Iterable):
+            raise ValueError(
+                f"prompts {prompts!r} is neither text nor token ids: give a str, token ids, or a "
+                "list of either"
+            )
         prompts = list(prompts)
         if not prompts:
             raise ValueError("no prompts were given: give at least one")

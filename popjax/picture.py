@@ -34,11 +34,11 @@ MAX_STEPS = 48
 MAX_PANELS = 4
 # Inches, but for the last.
 _WIDTH, _LEFT, _RIGHT = 13.0, 1.35, 0.35
-_HEAD, _BETWEEN, _FOOT = 2.32, 1.5, 0.75
+_HEAD, _BETWEEN, _FOOT = 2.32, 1.5, 0.85
 _LAYER, _STEP = 0.165, 0.16
 _DPI = 120
-# Characters that fit where they are written, even the widest.
-_LINE, _TOKEN = 84, 13
+# Characters that fit where they are written: not if most of them are W.
+_LINE, _TOKEN = 84, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def draw(
     map_height = min(max(_LAYER * decided.config.num_layers, 1.2), 6.0)
     steps_height = max(_STEP * steps, 1.2) if shown else 0.0
     height = _HEAD + map_height + _FOOT + (_BETWEEN + steps_height if shown else 0.0)
-    figure = _figure_class()(figsize=(_WIDTH, height), facecolor="white")
+    figure = _figure_class()(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
     _head(figure, height, decided, title, prompt)
     across = (_LEFT, _WIDTH - _RIGHT)
     _draw_map(_axes(figure, height, across, _HEAD, map_height), decided)
@@ -258,8 +258,8 @@ def _draw_steps(
     axes.set_title(
         f"layer {i}: {decided.partition[i].k_selected} of {candidates} a step", fontsize=11
     )
-    mix = f" (a column mixes {mixed})" if mixed > 1 else ""
-    axes.set_xlabel(f"candidates, most often chosen first{mix}", fontsize=10)
+    mix = f"; a column mixes {mixed}" if mixed > 1 else ""
+    axes.set_xlabel(f"candidates, the most often\nchosen first{mix}", fontsize=10)
     axes.spines[:].set_color("#999999")
     axes.spines[:].set_linewidth(0.6)
     if written is None:
@@ -287,4 +287,4 @@ def printable(text: str, longest: int) -> str:
     shown = text.replace("\n", "⏎").replace("\t", "→")
     if len(shown) > longest:
         shown = shown[: longest - 1] + "…"
-    return "".join(c if c in "⏎→…" or (c.isprintable() and ord(c) < 0x250) else "□" for c in shown)
+    return "".join(c if c in "⏎→…" or (c.isprintable() and ord(c) < 0x250) else "·" for c in shown)

@@ -1,6 +1,6 @@
 """Continuation perplexity on a text: what decode-time pruning costs, each window against dense.
 
-    python scripts/quality.py --text article.txt --json quality.json
+    python -m scripts.quality --text article.txt --json quality.json
 
 Each window's prefix is prefilled and decides the partition; the tokens after it are scored as
 decode steps under each method (`popjax.continuation`). Prints a markdown table. The text is the

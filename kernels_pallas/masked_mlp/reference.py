@@ -46,4 +46,6 @@ def project_gathered(h: jax.Array, down: jax.Array, mask: jax.Array, count: int)
     rows = jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
     rows = jnp.broadcast_to(rows, (*h.shape[:-1], count))
     chosen = jnp.take_along_axis(h, rows, axis=-1)
-    return jnp.einsum("BTF,BTFD->BTD", chosen, jnp.take(down, rows, axis=0))
+    # Not jnp.take, which answers with another shape where there is no channel at all.
+    taken = down.at[rows].get(mode="promise_in_bounds")
+    return jnp.einsum("BTF,BTFD->BTD", chosen, taken)

@@ -148,12 +148,12 @@ class _Heard:
 
 def _next_line() -> str | None:
     """The next line typed or piped in; None at the end of it."""
-    if not sys.stdin.isatty():
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return sys.stdin.readline() or None
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # its presence gives input() editing and recall
     try:
-        # input() writes its prompt where the line is edited, which is the terminal.
+        # Only here, where stdout is the terminal: input() writes its prompt there.
         return input("> ")
     except EOFError:
         say("")

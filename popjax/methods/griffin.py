@@ -19,9 +19,9 @@ from popjax.sparsity import Params, Plan, channel_budget, partition_by_rank
 
 @dataclasses.dataclass(frozen=True)
 class Griffin(Method):
-    """Keep the (1 - ratio) F channels with the largest || {H_ti / ||H_t||_2}_t ||_2.
+    """Keep the (1 - ratio) F channels that the prompt's tokens, each normalised, use most.
 
-    Raises ValueError for a ratio outside 0..1.
+    Score: || {H_ti / ||H_t||_2}_t ||_2. Raises ValueError for a ratio outside 0..1.
     """
 
     ratio: float

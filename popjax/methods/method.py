@@ -59,7 +59,10 @@ class LayerActs:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Dense decoding, and the five functions that a sparsity method overrides."""
+    """Dense decoding: every channel for every token.
+
+    The base class of all methods, which override some of its functions.
+    """
 
     def for_model(self, config: ModelConfig) -> Method:
         """This method with model-dependent settings resolved; ValueError if it cannot apply."""

@@ -185,7 +185,6 @@ def test_generate_picks_the_method(popjax: Any, arguments: list[str], method: st
         (["--top-k", "3", "--greedy"], "no effect on greedy"),
         (["--dtype", "int8"], "dtype 'int8' is not supported"),
         (["--compare-dense"], "nothing to compare"),
-        (["--prompt-file", "no-such-file"], "no-such-file"),
         (["--no-such-option"], "No such option"),
     ],
 )
@@ -243,6 +242,9 @@ def test_prompt_comes_from_argument_file_or_pipe(popjax: Any, tmp_path: Path) ->
     ]
     assert [json.loads(result.stdout)["prompt"] for result in outputs] == [PROMPT] * 4
     assert len({str(json.loads(result.stdout)["tokens"]) for result in outputs}) == 1
+    absent = popjax("generate", "--prompt-file", "no-such-file")
+    assert absent.exit_code == 2
+    assert "there is no file no-such-file" in flat(absent.stderr)
     both = popjax("generate", PROMPT, "--prompt-file", str(file))
     assert both.exit_code == 2
     assert "not both" in flat(both.stderr)

@@ -1,4 +1,4 @@
-"""A second prompt of a bucket compiles nothing: counted by jax itself, not by our own bookkeeping."""
+"""A second prompt of a bucket compiles nothing: counted by jax, not by our own bookkeeping."""
 
 import jax
 import pytest

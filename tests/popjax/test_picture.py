@@ -90,7 +90,7 @@ def test_binned_means_every_value_once() -> None:
 def test_printable_keeps_to_the_font() -> None:
     assert printable(" the\n", 5) == " the⏎"
     assert printable("naïve $x$", 20) == "naïve $x$"
-    assert printable("你好\x1b", 20) == "□□□"
+    assert printable("你好\x1b", 20) == "···"
     assert printable("unbelievably", 8) == "unbelie…"
 
 
@@ -139,9 +139,16 @@ def test_nothing_overlaps_and_nothing_is_cut(
         plain(self, *arguments, **settings)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    written = [" WWWWWWWWWWWWWWWWWWWW", "\n", "你好"] * 20
+    written = [" unbelievably", "\n", "你好" * 10] * 20
     path = tmp_path / "picture.png"
-    draw(path, run, title="W" * 200, prompt="你" * 200 + "$x$", written=written, layers=layers)
+    draw(
+        path,
+        run,
+        title="/Some/Folder/Model-8B" * 9,
+        prompt="你" * 200 + "$x$",
+        written=written,
+        layers=layers,
+    )
     width, height = png_size(path)
     assert 1200 <= width <= 2400 and 400 <= height <= 3000
     figure = drawn[0]

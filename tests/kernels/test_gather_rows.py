@@ -1,0 +1,61 @@
+"""The copy of chosen rows: every implementation against NumPy indexing, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.gather_rows import IMPLEMENTATIONS, gather_rows
+
+ROWS = [[], [0], [4, 0, 2], [1, 1, 1], list(range(7)), list(range(6, -1, -1))]
+
+
+def matrix(dtype: str, width: int = 5) -> np.ndarray:
+    values = np.random.default_rng(0).standard_normal((7, width))
+    return np.asarray(jnp.asarray(values, jnp.dtype(dtype)))
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_rows_in_the_order_asked_for(
+    rows: list[int], dtype: str, implementation: str | None
+) -> None:
+    w = matrix(dtype)
+    out = gather_rows(jnp.asarray(w), jnp.asarray(rows, jnp.int32), implementation)
+    assert isinstance(out, jax.Array)
+    assert out.dtype == w.dtype
+    assert np.array_equal(np.asarray(out), w[np.asarray(rows, int)])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_copy_outlives_its_source(implementation: str) -> None:
+    w = jnp.asarray(matrix("float32", width=64))
+    wanted = np.asarray(w)[[3, 1]].copy()
+    out = gather_rows(w, jnp.array([3, 1]), implementation)
+    w.delete()
+    assert np.array_equal(np.asarray(out), wanted)
+
+
+def test_under_jit_rows_are_taken_by_xla() -> None:
+    w, rows = matrix("float32"), [5, 2]
+    out = jax.jit(gather_rows)(w, jnp.asarray(rows))
+    assert np.array_equal(np.asarray(out), w[rows])
+    with pytest.raises(ValueError, match="'host' needs a concrete array"):
+        jax.jit(lambda w: gather_rows(w, jnp.asarray(rows), "host"))(w)
+
+
+def test_arrays_on_several_devices_are_taken_by_xla() -> None:
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    w = matrix("float32", width=6)
+    sharded = jax.device_put(w, spec)
+    out = gather_rows(sharded, jnp.array([5, 2]))
+    assert np.array_equal(np.asarray(out), w[[5, 2]])
+    with pytest.raises(ValueError, match="on one CPU device"):
+        gather_rows(sharded, jnp.array([5, 2]), "host")
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(ValueError, match="'fast' is unknown: use one of .*xla.*host"):
+        gather_rows(jnp.zeros((2, 2)), jnp.array([0]), "fast")

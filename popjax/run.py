@@ -20,7 +20,7 @@ from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, DecodeState, Masks, Options, bucket, left_padded
 from popjax.methods import Method
 from popjax.sampling import SamplingConfig, row_keys
-from popjax.sparsity import Params, Partitions, check_partitions, pack
+from popjax.sparsity import Params, Partitions, checked_partitions, pack
 
 # Called after every chunk with tokens [B, n] so far and done [B]; returns rows to stop, [B] bool.
 OnChunk = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -90,6 +90,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     after prefill or decode for channel scores or logits that are not finite.
     """
     method = request.method.for_model(config)
+    if request.partition is not None:
+        given = checked_partitions(request.partition, config)
+        request = dataclasses.replace(request, partition=given)
     check_request(request, config, method)
     clock, compiled = _Clock(), PROGRAMS.compilations
     inputs = left_padded(request.prompts)
@@ -249,7 +252,6 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
         if request.masks is not None:
             raise ValueError("masks were given without a partition: give the partition they index")
         return
-    check_partitions(request.partition, config)
     undecided = any(part.k_selected < part.num_candidate for part in request.partition)
     if type(method).mask is Method.mask and undecided and request.masks is None:
         raise ValueError(

@@ -118,11 +118,16 @@ class ChannelPartition:
 
     def candidates_of(self, h: jax.Array) -> jax.Array:
         """Activations [..., C] of the candidates among the evaluated channels h [..., R+C]."""
-        return h[..., self.num_retained :] if self.packed else h[..., self.candidate]
+        return h[..., self.num_retained :] if self._in_order else h[..., self.candidate]
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether the candidates are the last C evaluated channels: a slice, not a gather."""
+        return self.packed or self.num_retained == 0
 
     def with_retained(self, chosen: jax.Array) -> jax.Array:
         """Mask [..., R+C] in evaluated order: candidates as in chosen [..., C], R always on."""
-        if self.packed:
+        if self._in_order:
             on = jnp.ones((*chosen.shape[:-1], self.num_retained), bool)
             return jnp.concatenate([on, chosen], axis=-1)
         on = jnp.ones((*chosen.shape[:-1], self.evaluated), bool)
@@ -189,25 +194,28 @@ def _bisect(accept: Any, shape: tuple[int, ...], bits: int) -> jax.Array:
     return jax.lax.fori_loop(0, bits, step, jnp.zeros(shape, jnp.int32))
 
 
-def check_partitions(partitions: Sequence[ChannelPartition], config: ModelConfig) -> None:
-    """Raise ValueError unless there is one valid partition of each layer's channels."""
+def checked_partitions(partitions: Sequence[ChannelPartition], config: ModelConfig) -> Partitions:
+    """The partitions a caller gave, as ascending int32 arrays whatever they came as.
+
+    Raises ValueError unless there is one valid partition of each layer's channels.
+    """
     if len(partitions) != config.num_layers:
         raise ValueError(
             f"partition has {len(partitions)} layers, the model has {config.num_layers}: "
             "give one each"
         )
-    for i, (part, layer) in enumerate(zip(partitions, config.layers, strict=True)):
-        _check_partition(i, part, layer)
+    pairs = enumerate(zip(partitions, config.layers, strict=True))
+    return tuple(_checked_partition(i, part, layer) for i, (part, layer) in pairs)
 
 
-def _check_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> None:
+def _checked_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> ChannelPartition:
     sets = [np.asarray(part.retained), np.asarray(part.candidate)]
     if any(indices.ndim != 1 for indices in sets):
         raise ValueError(
             f"partition of layer {i} has index arrays of shapes {[s.shape for s in sets]}: "
             "give one axis each"
         )
-    indices = np.concatenate(sets)
+    indices = np.concatenate([indices for indices in sets if indices.size] or sets)
     if indices.size and not np.issubdtype(indices.dtype, np.integer):
         raise ValueError(f"partition of layer {i} holds {indices.dtype} indices: use integers")
     if indices.size == 0:
@@ -221,11 +229,13 @@ def _check_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> None
         )
     if np.unique(indices).size != indices.size:
         raise ValueError(f"partition of layer {i} names a channel twice: each belongs to one set")
-    if not 0 <= part.k_selected <= part.num_candidate:
+    if not 0 <= part.k_selected <= sets[1].size:
         raise ValueError(
-            f"k_selected {part.k_selected} of layer {i} is outside 0..{part.num_candidate}, "
+            f"k_selected {part.k_selected} of layer {i} is outside 0..{sets[1].size}, "
             "the number of candidates"
         )
+    retained, candidate = (jnp.asarray(np.sort(indices), jnp.int32) for indices in sets)
+    return ChannelPartition(retained, candidate, k_selected=int(part.k_selected))
 
 
 def keeps_order(part: ChannelPartition, mlp_dim: int) -> bool:

@@ -61,13 +61,14 @@ def tolerance(D: int, F: int, dtype: str) -> float:
 
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 @pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("share", ["none", "one", "half", "all"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_of_a_chosen_mask(
-    shape: tuple[int, int, int, int], dtype: str, implementation: str | None
+    shape: tuple[int, int, int, int], share: str, dtype: str, implementation: str | None
 ) -> None:
     B, T, D, F = shape
     weights = inputs(B, T, D, F, dtype)
-    active = F // 2
+    active = {"none": 0, "one": min(1, F), "half": F // 2, "all": F}[share]
     mask = random_mask(B, T, F, active)
     call = functools.partial(
         masked_mlp,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import checkpoints
 from popjax import cache as kv
 from popjax.default_model import GGUF_MEMBER, default_model_wheel
 from popjax.generate import left_padded
@@ -84,6 +85,18 @@ def both(default_model: LanguageModel, torch_model: Any) -> tuple[np.ndarray, np
         return transformer.apply(variables, inputs, cache, None, True, method="prefill").logits
 
     return np.asarray(jax.jit(forward)(default_model.params))[0], wanted
+
+
+def test_weights_are_those_transformers_reads(
+    default_model: LanguageModel, torch_model: Any
+) -> None:
+    theirs = torch_model.state_dict()
+    names = set()
+    rows = default_model.source.family.hf_rows
+    for name, tensor in checkpoints.export(default_model.params, rows):
+        np.testing.assert_array_equal(tensor, theirs[name].numpy(), err_msg=name)
+        names.add(name)
+    assert theirs.keys() - names <= {"lm_head.weight"}  # tied
 
 
 def test_the_same_next_token_is_most_likely(both: tuple[np.ndarray, np.ndarray]) -> None:

@@ -19,7 +19,7 @@ from popjax.sparsity import (
     ChannelBudget,
     ChannelPartition,
     channel_budget,
-    check_partitions,
+    checked_partitions,
     ffn_ratio,
     pack,
     partition_by_rank,
@@ -172,7 +172,7 @@ def test_select_top_ranks_infinity_first_and_shapes_stay() -> None:
 )
 def test_impossible_partitions_are_refused(parts: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        check_partitions(parts, CONFIG)
+        checked_partitions(parts, CONFIG)
 
 
 def test_a_partition_speaks_of_its_own_sets() -> None:

@@ -72,7 +72,7 @@ def split(cache: Cache) -> Cache:
 
 def _reshaped(cache: Cache, shape: Callable[[jax.Array], tuple[int, ...]]) -> Cache:
     layers = jax.tree.map(lambda x: x.reshape(shape(x)), cache.layers)
-    return cache.replace(layers=layers)
+    return Cache(layers, cache.positions, cache.length)
 
 
 def write_positions(cache: Cache, positions: jax.Array) -> jax.Array:

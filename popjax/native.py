@@ -7,7 +7,7 @@ no tokenizer: `LanguageModel.save` writes a Hugging Face folder for that.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -36,13 +36,7 @@ def restore_native(
     each device reading its own part. Raises CheckpointError for a damaged or foreign folder,
     ValueError where a mesh axis does not divide a parameter.
     """
-    shardings = None
-    if mesh is not None:
-        chosen = mesh
-
-        def shardings(path: str) -> NamedSharding:
-            return NamedSharding(chosen, axes.partition_spec(path, rules))
-
+    shardings = None if mesh is None else _shardings(mesh, rules)
     values, params = checkpoints.store.restore(path, shardings=shardings)
     config = from_json(values)
     found = {"/".join(keys): leaf.shape for keys, leaf in _leaves(params)}
@@ -53,6 +47,10 @@ def restore_native(
             f"{path} does not fit its own config: parameter {wrong!r} differs; save it again"
         )
     return config, params
+
+
+def _shardings(mesh: Mesh, rules: Mapping[str, str]) -> Callable[[str], NamedSharding]:
+    return lambda path: NamedSharding(mesh, axes.partition_spec(path, rules))
 
 
 def _leaves(params: Params) -> list[tuple[tuple[str, ...], jax.Array]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,30 +17,11 @@ import numpy as np
 
 from popjax import cache as kv
 from popjax.config import ModelConfig
-from popjax.generate import PROGRAMS, DecodeState, Masks, Options, bucket, left_padded
+from popjax.generate import PROGRAMS, DecodeState, Masks, bucket, left_padded
 from popjax.methods import Method
-from popjax.sampling import SamplingConfig, row_keys
+from popjax.request import Request, check_request
+from popjax.sampling import row_keys
 from popjax.sparsity import Params, Partitions, checked_partitions, pack
-
-# Called after every chunk with tokens [B, n] so far and done [B]; returns rows to stop, [B] bool.
-OnChunk = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What one run is asked to do, tokens in. `chunk`: steps between calls of `on_chunk`."""
-
-    prompts: Sequence[Sequence[int]]
-    max_new_tokens: int
-    method: Method = Method()
-    sampling: SamplingConfig = SamplingConfig()
-    eos_ids: tuple[int, ...] = ()
-    seed: int | Sequence[int] = 0
-    partition: Partitions | None = None
-    masks: Masks | None = None
-    options: Options = Options()
-    chunk: int = 8
-    on_chunk: OnChunk | None = None
 
 
 @dataclasses.dataclass
@@ -219,65 +200,3 @@ def _result(
         cache_bytes=kv.bytes_held(state.cache),
         packed_bytes=packed_bytes,
     )
-
-
-def check_request(request: Request, config: ModelConfig, method: Method) -> None:
-    """Raise ValueError for anything in the request that this model and method cannot serve."""
-    asked = request.max_new_tokens
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise ValueError(f"max_new_tokens {asked!r} is not a whole number above 0: ask for one")
-    if request.sampling.min_new_tokens > request.max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens {request.sampling.min_new_tokens} exceeds max_new_tokens "
-            f"{request.max_new_tokens}: lower it"
-        )
-    longest = max((len(prompt) for prompt in request.prompts), default=0)
-    if longest + request.max_new_tokens > config.max_positions:
-        raise ValueError(
-            f"the prompt has {longest} tokens and {request.max_new_tokens} new ones were asked "
-            f"for, above the model's maximum context length of {config.max_positions}: "
-            "shorten either"
-        )
-    for i, prompt in enumerate(request.prompts):
-        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ValueError(
-                f"prompt {i} has a token id outside 0..{config.vocab_size - 1}: "
-                "encode it with this model's tokenizer"
-            )
-    _check_replay(request, config, method)
-
-
-def _check_replay(request: Request, config: ModelConfig, method: Method) -> None:
-    if request.partition is None:
-        if request.masks is not None:
-            raise ValueError("masks were given without a partition: give the partition they index")
-        return
-    undecided = any(part.k_selected < part.num_candidate for part in request.partition)
-    if type(method).mask is Method.mask and undecided and request.masks is None:
-        raise ValueError(
-            f"the partition leaves candidates to choose, which {type(method).__name__} cannot: "
-            "give a method that masks, or masks, or a partition whose k_selected is all candidates"
-        )
-    if request.masks is None:
-        return
-    if len(request.masks) != config.num_layers:
-        raise ValueError(
-            f"masks have {len(request.masks)} layers, the model has {config.num_layers}: "
-            "give one each"
-        )
-    steps = request.max_new_tokens - 1
-    for i, (mask, part) in enumerate(zip(request.masks, request.partition, strict=True)):
-        want = (len(request.prompts), part.evaluated)
-        if mask.dtype != bool:
-            raise ValueError(f"masks of layer {i} hold {mask.dtype} values: give booleans")
-        if mask.ndim != 3 or mask.shape[0] < steps or mask.shape[1:] != want:
-            raise ValueError(
-                f"masks of layer {i} have shape {mask.shape}: {request.max_new_tokens} tokens need "
-                f"({steps} or more steps, {want[0]} rows, {want[1]} evaluated channels)"
-            )
-        counts = np.unique(np.asarray(mask).sum(axis=-1)).tolist()
-        if request.options.implementation == "gathered" and counts not in ([], [part.active]):
-            raise ValueError(
-                f"masks of layer {i} have {counts} channels on, 'gathered' needs {part.active} in "
-                "every one: use 'masked' for masks of other counts"
-            )

@@ -96,8 +96,7 @@ def required(raw: dict[str, Any], key: str, limit: str) -> int:
 def positive(raw: dict[str, Any], key: str) -> float:
     """A positive number that config.json must state. Raises ValueError when it does not."""
     value = raw.get(key)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{key} {value!r} in config.json is not a positive number: repair it")
     return float(value)
 

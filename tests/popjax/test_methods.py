@@ -103,6 +103,19 @@ def test_pad_tokens_never_count(method: Method) -> None:
     assert (clean == noisy).all()
 
 
+@pytest.mark.parametrize("method", EVERY, ids=str)
+def test_a_longer_bucket_changes_no_score(method: Method) -> None:
+    params = mlp()
+    seen = acts(params, pads=5.0)
+    longer = [
+        jnp.concatenate([jnp.zeros_like(a[:, :5]), a], axis=1)
+        for a in (seen.x, seen.residual, seen.valid)
+    ]
+    scores = method.observe(params, LayerActs(*longer, params, "silu"))
+    wanted = method.observe(params, seen)
+    np.testing.assert_allclose(scores, wanted, rtol=math.sqrt(D) * EPS * 8)
+
+
 @pytest.mark.parametrize("kind", ["down", "gate-up", "activation"])
 def test_partition_does_not_depend_on_token_order(kind: str) -> None:
     params = mlp()

@@ -14,7 +14,7 @@ from popjax.config import ModelConfig
 from popjax.generate import Masks, Options
 from popjax.methods import Method
 from popjax.sampling import SamplingConfig
-from popjax.sparsity import Partitions
+from popjax.sparsity import Partitions, checked_partitions
 
 # Called after every chunk with tokens [B, n] so far and done [B]; returns rows to stop, [B] bool.
 OnChunk = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -35,6 +35,23 @@ class Request:
     options: Options = Options()
     chunk: int = 8
     on_chunk: OnChunk | None = None
+
+
+def settled(request: Request, config: ModelConfig, method: Method) -> Request:
+    """The request as it will run: partitions as ascending arrays, a replay as long as its masks.
+
+    A recorded run that met an end token early has fewer masks than it asked for tokens; its replay
+    meets the same end. Raises ValueError for anything that this model and method cannot serve.
+    """
+    if request.partition is not None:
+        given = checked_partitions(request.partition, config)
+        request = dataclasses.replace(request, partition=given)
+    check_request(request, config, method)
+    if request.masks is not None:
+        recorded = request.masks[0].shape[0] + 1
+        longest = min(request.max_new_tokens, recorded)
+        request = dataclasses.replace(request, max_new_tokens=longest)
+    return request
 
 
 def check_request(request: Request, config: ModelConfig, method: Method) -> None:
@@ -81,15 +98,15 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
             f"masks have {len(request.masks)} layers, the model has {config.num_layers}: "
             "give one each"
         )
-    steps = request.max_new_tokens - 1
+    steps = np.shape(request.masks[0])[:1]
     for i, (mask, part) in enumerate(zip(request.masks, request.partition, strict=True)):
-        want = (len(request.prompts), part.evaluated)
+        want = (*steps, len(request.prompts), part.evaluated)
         if mask.dtype != bool:
             raise ValueError(f"masks of layer {i} hold {mask.dtype} values: give booleans")
-        if mask.ndim != 3 or mask.shape[0] < steps or mask.shape[1:] != want:
+        if mask.shape != want:
             raise ValueError(
-                f"masks of layer {i} have shape {mask.shape}: {request.max_new_tokens} tokens need "
-                f"({steps} or more steps, {want[0]} rows, {want[1]} evaluated channels)"
+                f"masks of layer {i} have shape {mask.shape}, expected {want}: steps as in layer "
+                "0, rows of the prompts, evaluated channels of the partition"
             )
         counts = np.unique(np.asarray(mask).sum(axis=-1)).tolist()
         if request.options.implementation == "gathered" and counts not in ([], [part.active]):

@@ -19,9 +19,9 @@ from popjax import cache as kv
 from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, DecodeState, Masks, bucket, left_padded
 from popjax.methods import Method
-from popjax.request import Request, check_request
+from popjax.request import Request, settled
 from popjax.sampling import row_keys
-from popjax.sparsity import Params, Partitions, checked_partitions, pack
+from popjax.sparsity import Params, Partitions, pack
 
 
 @dataclasses.dataclass
@@ -71,10 +71,7 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     after prefill or decode for channel scores or logits that are not finite.
     """
     method = request.method.for_model(config)
-    if request.partition is not None:
-        given = checked_partitions(request.partition, config)
-        request = dataclasses.replace(request, partition=given)
-    check_request(request, config, method)
+    request = settled(request, config, method)
     clock, compiled = _Clock(), PROGRAMS.compilations
     inputs = left_padded(request.prompts)
     rows, T = inputs.tokens.shape

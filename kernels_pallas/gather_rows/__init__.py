@@ -7,6 +7,10 @@ about 2.5 GB/s; NumPy's copies run at memory speed, so `host` is chosen where it
 
 from __future__ import annotations
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +19,14 @@ from jax.core import Tracer
 IMPLEMENTATIONS = ("xla", "host")
 # XLA's CPU client shares a NumPy buffer without a copy only when it is aligned to this many bytes.
 _ALIGNMENT = 64
+# Copies smaller than this are over before a second thread has begun.
+_SPLIT_BYTES = 2**23
+_WORKERS = os.cpu_count() or 1
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_WORKERS, thread_name_prefix="gather_rows")
 
 
 def gather_rows(w: jax.Array, rows: jax.Array, implementation: str | None = None) -> jax.Array:
@@ -48,6 +60,13 @@ def _host_gather(w: np.ndarray, rows: np.ndarray) -> jax.Array:
     raw = np.empty(count + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     out = raw[start : start + count].view(w.dtype).reshape(shape)
-    np.take(w, rows, axis=0, out=out, mode="clip")
+    parts = _WORKERS if out.nbytes >= _SPLIT_BYTES else 1
+    bounds = np.linspace(0, len(rows), parts + 1).astype(int)
+
+    def copy(start: int, stop: int) -> None:
+        np.take(w, rows[start:stop], axis=0, out=out[start:stop], mode="clip")
+
+    # Most of the time goes into the first touch of fresh pages, which threads share between them.
+    list(_pool().map(copy, bounds[:-1], bounds[1:]))
     # device_put takes the buffer as it is; jnp.asarray would copy it once more.
     return jax.device_put(out)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 
+from kernels_pallas.masked_mlp.products import contract, expand
 from kernels_pallas.masked_mlp.reference import (
     ACTIVATIONS,
     gated_channels,
@@ -57,6 +58,8 @@ def masked_mlp(
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
+    "contract",
+    "expand",
     "gated_channels",
     "masked_mlp",
     "project",

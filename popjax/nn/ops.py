@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.masked_mlp import contract, expand
 from popjax.config import RopeConfig
 
 # Above this many queries, attention runs block by block: an 8k prompt's scores would otherwise take
@@ -84,14 +85,14 @@ def heads_in(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Heads [B, T, N, H] of x [B, T, D] under a weight [N, H, D]."""
     # As one plain matrix: contracting D of a rank-three weight makes XLA's CPU backend transpose
     # and hold a second copy of it.
-    flat = jnp.einsum("BTD,FD->BTF", x, weight.reshape(-1, weight.shape[-1]))
+    flat = expand(x, weight.reshape(-1, weight.shape[-1]))
     return flat.reshape(*x.shape[:2], *weight.shape[:2])
 
 
 def heads_out(heads: jax.Array, weight: jax.Array) -> jax.Array:
     """Sum over heads [B, T, N, H] of each head times its weight [N, H, D]: [B, T, D]."""
     flat = heads.reshape(*heads.shape[:2], -1)
-    return jnp.einsum("BTF,FD->BTD", flat, weight.reshape(-1, weight.shape[-1]))
+    return contract(flat, weight.reshape(-1, weight.shape[-1]))
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -207,7 +207,10 @@ GOOD = Request(PROMPTS, 8, method=OnlinePruning(ratio=0.5))
         ({"partition": tuple(parts(k_selected=3)), "method": Griffin(0.5)}, "which Griffin cannot"),
         ({"masks": masks()}, "masks were given without a partition"),
         ({"partition": tuple(parts()), "masks": masks()[:1]}, "masks have 1 layers"),
-        ({"partition": tuple(parts()), "masks": masks(steps=6)}, r"7 or more steps, 3 rows, 28"),
+        (
+            {"partition": tuple(parts()), "masks": (*masks()[:1], *masks(steps=6)[1:])},
+            r"layer 1 have shape \(6, 3, 28\), expected \(7, 3, 28\)",
+        ),
         ({"partition": tuple(parts()), "masks": masks(rows=1)}, r"shape \(7, 1, 28\)"),
         ({"partition": tuple(parts()), "masks": masks(width=27)}, r"shape \(7, 3, 27\)"),
         ({"partition": tuple(parts()), "masks": masks(dtype=float)}, "float64 values: .* booleans"),
@@ -246,3 +249,13 @@ def test_scores_that_are_not_finite_are_an_error_not_a_pattern(method: Method, b
     params = {**PARAMS, "layer_1": {**layer, "mlp": {**layer["mlp"], "up": up}}}
     with pytest.raises(ValueError, match="not finite"):
         run(params, CONFIG, Request(PROMPTS[:1], 4, method=method))
+
+
+def test_a_run_that_ended_early_replays_with_the_same_request() -> None:
+    method, options = OnlinePruning(ratio=0.5), Options(record_masks=True)
+    free = run(PARAMS, CONFIG, Request(PROMPTS[:1], 12, method=method)).tokens[0].tolist()
+    asked = Request(PROMPTS[:1], 12, method=method, eos_ids=(free[5],), options=options)
+    ended = run(PARAMS, CONFIG, asked)
+    assert ended.steps < 12 and ended.masks is not None
+    again = dataclasses.replace(asked, partition=ended.partition, masks=ended.masks)
+    assert (run(PARAMS, CONFIG, again).tokens == ended.tokens).all()

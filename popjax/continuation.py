@@ -17,7 +17,8 @@ from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, bucket, left_padded
 from popjax.methods import Method
 from popjax.nn.transformer import Inputs
-from popjax.run import Request, check_request, plan_channels
+from popjax.request import Request, settled
+from popjax.run import plan_channels
 from popjax.sparsity import Params, Partitions, pack
 
 
@@ -53,7 +54,7 @@ def continuation_logits(
     replaces the one that the prefixes would decide. Raises ValueError as `continuation_logprobs`.
     """
     method = method.for_model(config)
-    _check(config, method, prefixes, continuations, partition)
+    partition = _checked(config, method, prefixes, continuations, partition)
     inputs = left_padded(prefixes)
     steps = max(len(row) for row in continuations) - 1
     room = bucket(steps) if steps else 0
@@ -97,13 +98,14 @@ def _given_tokens(
     return Inputs(jnp.asarray(tokens), jnp.asarray(positions))
 
 
-def _check(
+def _checked(
     config: ModelConfig,
     method: Method,
     prefixes: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     partition: Partitions | None,
-) -> None:
+) -> Partitions | None:
+    """The partition as it will be used; ValueError for anything that cannot be scored."""
     if len(prefixes) != len(continuations):
         raise ValueError(
             f"{len(prefixes)} prefixes for {len(continuations)} continuations: give as many of each"
@@ -117,4 +119,5 @@ def _check(
                 "encode it with this model's tokenizer"
             )
     longest = max((len(row) for row in continuations), default=1)
-    check_request(Request(prefixes, longest, method=method, partition=partition), config, method)
+    request = Request(prefixes, longest, method=method, partition=partition)
+    return settled(request, config, method).partition

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from kernels_pallas.gather_rows import memory
+
 IMPLEMENTATIONS = ("xla", "host")
-# XLA's CPU client shares a NumPy buffer without a copy only when it is aligned to this many bytes.
-_ALIGNMENT = 64
 # Copies smaller than this are over before a second thread has begun.
 _SPLIT_BYTES = 2**23
 _WORKERS = os.cpu_count() or 1
@@ -44,7 +44,9 @@ def gather_rows(w: jax.Array, rows: jax.Array, implementation: str | None = None
         raise ValueError("gather_rows 'host' needs a concrete array on one CPU device: use 'xla'")
     if implementation == "xla" or not on_host:
         return jnp.take(w, rows, axis=0)
-    return _host_gather(np.asarray(w), np.asarray(rows))
+    packed = _host_gather(np.asarray(w), np.asarray(rows))
+    # device_put takes the buffer as it is; jnp.asarray would copy it once more.
+    return jax.device_put(packed, w.sharding)
 
 
 def _on_one_cpu(w: jax.Array) -> bool:
@@ -54,12 +56,8 @@ def _on_one_cpu(w: jax.Array) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def _host_gather(w: np.ndarray, rows: np.ndarray) -> jax.Array:
-    shape = (rows.size, *w.shape[1:])
-    count = int(np.prod(shape)) * w.itemsize
-    raw = np.empty(count + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    out = raw[start : start + count].view(w.dtype).reshape(shape)
+def _host_gather(w: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    out = memory.empty((rows.size, *w.shape[1:]), w.dtype)
     parts = _WORKERS if out.nbytes >= _SPLIT_BYTES else 1
     bounds = np.linspace(0, len(rows), parts + 1).astype(int)
 
@@ -68,5 +66,4 @@ def _host_gather(w: np.ndarray, rows: np.ndarray) -> jax.Array:
 
     # Most of the time goes into the first touch of fresh pages, which threads share between them.
     list(_pool().map(copy, bounds[:-1], bounds[1:]))
-    # device_put takes the buffer as it is; jnp.asarray would copy it once more.
-    return jax.device_put(out)
+    return out

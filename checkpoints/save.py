@@ -107,7 +107,10 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], limit
             total += array.nbytes
         names.append(list(shard))
         # transformers refuses a file whose metadata do not name a framework it knows.
-        save_file(shard, folder / _temporary_name(len(names)), metadata={"format": "pt"})
+        path = folder / _temporary_name(len(names))
+        save_file(shard, path, metadata={"format": "pt"})
+        # It makes files that only their owner can read; the config beside them has usual rights.
+        path.chmod((folder / "config.json").stat().st_mode)
     if not names:
         raise CheckpointError(f"there is no tensor to save in {folder.parent}")
     _name_shards(folder, names, total)

@@ -95,11 +95,13 @@ class Sink:
                 f"streamer {streamer!r} can take nothing: pass a callable, or put(ids) and end()"
             )
         self._streamer = streamer
-        if self._takes_ids:
-            # As in transformers, the prompt comes first: such streamers have a switch to skip it.
-            self._streamer.put(np.asarray(prompt))
+        # As in transformers, the prompt comes first: such streamers have a switch to skip it.
+        self._prompt: Sequence[int] | None = prompt
 
     def put(self, token: int | None, piece: str) -> None:
+        if self._takes_ids and self._prompt is not None:
+            self._streamer.put(np.asarray(self._prompt))
+            self._prompt = None
         if self._takes_ids and token is not None:
             self._streamer.put(np.asarray([token]))
         elif self._streamer is not None and not self._takes_ids and piece:

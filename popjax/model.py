@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import json
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import checkpoints
-from popjax import text
+from popjax import arguments, text
 from popjax.config import ModelConfig
 from popjax.generate import Masks, Options
 from popjax.gguf_tokenizer import end_token_ids, tokenizer_from_gguf
 from popjax.listening import Listener
 from popjax.loading import Source, open_source, read_params
-from popjax.methods import METHODS, Method, method_name, method_named
+from popjax.methods import Method, method_name
 from popjax.report import Report, make_report
 from popjax.run import Request, run
-from popjax.sampling import SamplingConfig
 from popjax.sparsity import Params, Partitions
-
-DEFAULT_NEW_TOKENS = 128
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,9 @@ class LanguageModel:
         if self.source.metadata is not None:
             return end_token_ids(self.source.metadata)
         stated = self.source.generation.get("eos_token_id", self.source.raw.get("eos_token_id"))
-        return _as_ids(stated)
+        # Published files name end tokens beyond a model's own vocabulary; such never come.
+        ids = arguments.end_ids(stated, "the checkpoint")
+        return tuple(token for token in ids if token < self.config.vocab_size)
 
     def generate(
         self,
@@ -115,27 +115,32 @@ class LanguageModel:
         Raises ValueError for anything out of range before work begins.
         """
         prompt_ids = self.encode(prompts, chat=chat)
-        sampling = self._sampling(
-            {
-                "do_sample": do_sample,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "min_p": min_p,
-                "repetition_penalty": repetition_penalty,
-                "min_new_tokens": min_new_tokens,
-            }
-        )
-        rows = _repeated(prompt_ids, num_return_sequences, sampling)
-        stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        eos_ids = self.eos_token_ids if eos_token_id is None else _as_ids(eos_token_id)
+        # A folder without a tokenizer fails here, not after the work is done.
+        tokenizer, stated = self.tokenizer, self.source.generation
+        room = self.config.max_positions - max(map(len, prompt_ids))
+        new = arguments.new_tokens(max_new_tokens, stated.get("max_new_tokens"), room)
+        given = {
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "min_new_tokens": min_new_tokens,
+        }
+        sampling = arguments.merged_sampling(given, stated, new)
+        rows = arguments.repeated(prompt_ids, num_return_sequences, sampling)
+        eos_ids = self.eos_token_ids
+        if eos_token_id is not None:
+            eos_ids = arguments.end_ids(eos_token_id, "generate")
         listener = None
-        if stops or streamer is not None:
-            listener = Listener.for_rows(self.tokenizer, rows, stops, streamer, eos_ids)
+        if stop_strings or streamer is not None:
+            stops = [stop_strings] if isinstance(stop_strings, str) else stop_strings or []
+            listener = Listener.for_rows(tokenizer, rows, stops, streamer, eos_ids)
         request = Request(
             prompts=rows,
-            max_new_tokens=self._new_tokens(max_new_tokens, rows),
-            method=_method(method, method_options),
+            max_new_tokens=new,
+            method=arguments.chosen_method(method, method_options),
             sampling=sampling,
             eos_ids=eos_ids,
             seed=seed,
@@ -148,23 +153,10 @@ class LanguageModel:
 
     def encode(self, prompts: Any, *, chat: bool = False) -> list[list[int]]:
         """Token ids of prompts in any accepted form. Raises ValueError for anything else."""
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        elif isinstance(prompts, np.ndarray | jax.Array):
+        if isinstance(prompts, np.ndarray | jax.Array):
             prompts = np.atleast_2d(np.asarray(prompts)).tolist()
-        elif not isinstance(prompts, Iterable):
-            raise ValueError(
-                f"prompts {prompts!r} is neither text nor token ids: give a str, token ids, or a "
-                "list of either"
-            )
-        prompts = list(prompts)
-        if not prompts:
-            raise ValueError("no prompts were given: give at least one")
-        if isinstance(prompts[0], int | np.integer):
-            prompts = [prompts]
-        elif isinstance(prompts[0], dict):
-            prompts, chat = [prompts], True
-        if all(_is_ids(prompt) for prompt in prompts):
+        prompts, chat = arguments.prompt_list(prompts, chat)
+        if all(arguments.is_ids(prompt) for prompt in prompts):
             return [[int(token) for token in prompt] for prompt in prompts]
         return text.encode_prompts(self.tokenizer, prompts, chat=chat)
 
@@ -176,6 +168,7 @@ class LanguageModel:
             listener.finish(result.tokens)
             result.counts = np.asarray([listener.count(row) for row in rows])
             stopped = [a or b for a, b in zip(stopped, listener.stopped, strict=True)]
+        kept = int(np.max(result.counts))
         tokens = [result.tokens[row, : result.counts[row]].tolist() for row in rows]
         texts = listener.texts if listener else [text.decode(self.tokenizer, row) for row in tokens]
         logprobs = None
@@ -186,9 +179,9 @@ class LanguageModel:
             tokens=tokens,
             finish_reason=["stop" if end else "length" for end in stopped],
             logprobs=logprobs,
-            logits=result.logits,
+            logits=None if result.logits is None else result.logits[:, :kept],
             partition=result.partition,
-            masks=result.masks,
+            masks=None if result.masks is None else tuple(m[: kept - 1] for m in result.masks),
             report=make_report(
                 model=self.name,
                 method=method_name(request.method),
@@ -200,22 +193,6 @@ class LanguageModel:
             ),
         )
 
-    def _sampling(self, given: dict[str, Any]) -> SamplingConfig:
-        stated = {key: self.source.generation.get(key) for key in given}
-        merged = {**stated, **{key: value for key, value in given.items() if value is not None}}
-        idle = [key for key in _SAMPLING if given[key] is not None]
-        if idle and not merged["do_sample"]:
-            raise ValueError(
-                f"{idle[0]} {given[idle[0]]} has no effect on greedy decoding: pass do_sample=True"
-            )
-        return SamplingConfig(**{key: value for key, value in merged.items() if value is not None})
-
-    def _new_tokens(self, asked: int | None, rows: list[list[int]]) -> int:
-        if asked is not None:
-            return asked
-        default = self.source.generation.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-        return max(1, min(default, self.config.max_positions - max(map(len, rows))))
-
     def save(self, folder: str) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer) that transformers loads.
 
@@ -224,12 +201,15 @@ class LanguageModel:
         raw = {**self.source.raw, "dtype": self.params["embed"]["table"].dtype.name}
         rows = self.source.family.hf_rows
         files = text.tokenizer_files(self.tokenizer)
+        # Every end token, a GGUF's too, so that the reloaded model stops where this one does.
+        stated = {**self.source.generation, "eos_token_id": list(self.eos_token_ids) or None}
+        files["generation_config.json"] = json.dumps(stated, indent=2).encode()
         tensors = checkpoints.export(self.params, rows)
         checkpoints.save_safetensors(folder, tensors, config=raw, extra_files=files)
 
 
 def load(
-    name: str | None = None,
+    name: str | os.PathLike[str] | None = None,
     *,
     dtype: Any = None,
     revision: str | None = None,
@@ -255,41 +235,6 @@ def load(
     )
     params, seconds = read_params(source, dtype=dtype, check_tensors=check_tensors)
     return LanguageModel(source.name, source.config, params, source, seconds)
-
-
-def _as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (int(value),) if isinstance(value, int | np.integer) else tuple(int(v) for v in value)
-
-
-def _is_ids(prompt: Any) -> bool:
-    if isinstance(prompt, str | dict):
-        return False
-    return all(isinstance(token, int | np.integer) for token in prompt)
-
-
-def _repeated(prompts: list[list[int]], times: int, sampling: SamplingConfig) -> list[list[int]]:
-    if times < 1:
-        raise ValueError(f"num_return_sequences {times} is below 1: ask for at least one")
-    if times > 1 and not sampling.do_sample:
-        raise ValueError(
-            f"num_return_sequences {times} of greedy decoding would be copies: pass do_sample=True"
-        )
-    return [prompt for prompt in prompts for _ in range(times)]
-
-
-def _method(method: Method | str, options: dict[str, Any]) -> Method:
-    if isinstance(method, str):
-        return method_named(method, **options)
-    if not isinstance(method, Method):
-        raise ValueError(f"method {method!r} is not a Method: use one of {', '.join(METHODS)}")
-    if options:
-        raise ValueError(
-            f"{sorted(options)[0]!r} is not an argument of generate: give method options to the "
-            "method itself, or name the method by a string"
-        )
-    return method
 
 
 __all__ = ["Generation", "LanguageModel", "load"]

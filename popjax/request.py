@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from popjax.config import ModelConfig
@@ -77,6 +78,12 @@ def check_request(request: Request, config: ModelConfig, method: Method) -> None
                 f"prompt {i} has a token id outside 0..{config.vocab_size - 1}: "
                 "encode it with this model's tokenizer"
             )
+    foreign = [token for token in request.eos_ids if not 0 <= token < config.vocab_size]
+    if foreign:
+        raise ValueError(
+            f"eos_token_id {foreign[0]} is outside 0..{config.vocab_size - 1}: give ids of this "
+            "model's tokenizer"
+        )
     _check_replay(request, config, method)
 
 
@@ -101,8 +108,9 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
     steps = np.shape(request.masks[0])[:1]
     for i, (mask, part) in enumerate(zip(request.masks, request.partition, strict=True)):
         want = (*steps, len(request.prompts), part.evaluated)
-        if mask.dtype != bool:
-            raise ValueError(f"masks of layer {i} hold {mask.dtype} values: give booleans")
+        if not isinstance(mask, np.ndarray | jax.Array) or mask.dtype != bool:
+            held = getattr(mask, "dtype", type(mask).__name__)
+            raise ValueError(f"masks of layer {i} hold {held} values: give arrays of booleans")
         if mask.shape != want:
             raise ValueError(
                 f"masks of layer {i} have shape {mask.shape}, expected {want}: steps as in layer "

@@ -124,6 +124,12 @@ def plan_channels(
             f"channel scores of layers {bad[:8]} are not finite for this prompt: the weights or "
             "the dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
         )
+    empty = [i for i, part in enumerate(plan.channels or ()) if part.evaluated == 0]
+    if empty:
+        raise ValueError(
+            f"{method} leaves no FFN channel of layer {empty[0]}, which has "
+            f"{config.layers[empty[0]].mlp_dim}: lower the ratio"
+        )
     return plan.channels
 
 

@@ -33,8 +33,9 @@ class SamplingConfig:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.0, math.inf, open_low=True)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        # Beyond these, float32 logits would overflow or vanish.
+        _check("temperature", self.temperature, 1e-30, 1e30)
+        _check("repetition_penalty", self.repetition_penalty, 1e-30, 1e30)
         _check("top_p", 1.0 if self.top_p is None else self.top_p, 0.0, 1.0)
         _check("min_p", 0.0 if self.min_p is None else self.min_p, 0.0, 1.0)
         _check("top_k", self.top_k or 0, 0, math.inf, whole=True)
@@ -61,19 +62,10 @@ class SamplingConfig:
         )
 
 
-def _check(
-    name: str,
-    value: float,
-    low: float,
-    high: float,
-    open_low: bool = False,
-    whole: bool = False,
-) -> None:
+def _check(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
     good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    good = good and math.isfinite(value) and low <= value <= high
-    if not good or (open_low and value == low):
-        range_ = f"{'above' if open_low else 'at least'} {low:g}"
-        range_ += "" if math.isinf(high) else f" and at most {high:g}"
+    if not good or not math.isfinite(value) or not low <= value <= high:
+        range_ = f"at least {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
         range_ += " and a whole number" if whole else ""
         raise ValueError(f"{name} {value!r} is out of range: it must be {range_}")
 
@@ -176,7 +168,7 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     A row given its own seed draws the same tokens whatever batch it is in.
     Raises ValueError when the number of seeds is not the number of rows, or one is no seed.
     """
-    if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str):
+    if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str) or np.ndim(seed) == 0:
         base = _key(seed)
         return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(rows))
     if len(seed) != rows:

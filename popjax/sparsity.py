@@ -199,6 +199,10 @@ def checked_partitions(partitions: Sequence[ChannelPartition], config: ModelConf
 
     Raises ValueError unless there is one valid partition of each layer's channels.
     """
+    if not isinstance(partitions, Sequence) or not all(
+        isinstance(part, ChannelPartition) for part in partitions
+    ):
+        raise ValueError("partition is not a sequence of ChannelPartition: give one a layer")
     if len(partitions) != config.num_layers:
         raise ValueError(
             f"partition has {len(partitions)} layers, the model has {config.num_layers}: "
@@ -229,9 +233,10 @@ def _checked_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> Ch
         )
     if np.unique(indices).size != indices.size:
         raise ValueError(f"partition of layer {i} names a channel twice: each belongs to one set")
-    if not 0 <= part.k_selected <= sets[1].size:
+    whole = isinstance(part.k_selected, int | np.integer)
+    if not whole or not 0 <= part.k_selected <= sets[1].size:
         raise ValueError(
-            f"k_selected {part.k_selected} of layer {i} is outside 0..{sets[1].size}, "
+            f"k_selected {part.k_selected!r} of layer {i} is outside 0..{sets[1].size}, "
             "the number of candidates"
         )
     retained, candidate = (jnp.asarray(np.sort(indices), jnp.int32) for indices in sets)

@@ -204,6 +204,8 @@ def _first_stop(text: str, stops: tuple[str, ...]) -> int | None:
 def _checked_stops(stop_strings: Sequence[str]) -> tuple[str, ...]:
     if isinstance(stop_strings, str):
         raise ValueError(f"stop_strings must be a list, got the str {stop_strings!r}: write [...]")
+    if not isinstance(stop_strings, Iterable):
+        raise ValueError(f"stop_strings must be a list of str, got {stop_strings!r}")
     for stop in stop_strings:
         if not isinstance(stop, str) or not stop:
             raise ValueError(f"each stop string must be a non-empty str, got {stop!r}")

@@ -184,7 +184,7 @@ def activation(name: str) -> str:
         "gelu_pytorch_tanh": "gelu_tanh",
         "gelu_new": "gelu_tanh",
     }
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise ValueError(f"hidden_act {name!r} is not supported: one of {sorted(names)} is")
     return names[name]
 

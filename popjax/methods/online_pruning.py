@@ -65,8 +65,12 @@ class OnlinePruning(Method):
         check_share("ratio", self.ratio if self.ratio is not None else 0.0)
         check_share("model_ratio", self.model_ratio if self.model_ratio is not None else 0.0)
         check_share("gamma", self.gamma)
-        if self.granularity < 1:
-            raise ValueError(f"granularity {self.granularity} is below 1: use 1, or 128 for lanes")
+        whole = isinstance(self.granularity, int) and not isinstance(self.granularity, bool)
+        if not whole or self.granularity < 1:
+            raise ValueError(
+                f"granularity {self.granularity!r} is not a whole number above 0: use 1, or 128 "
+                "for lanes"
+            )
         for name, allowed in (("prefill", PREFILLS), ("score", SCORES), ("band", BANDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {allowed}")

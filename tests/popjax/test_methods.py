@@ -276,7 +276,10 @@ def test_methods_are_named_hashable_and_final(name: str) -> None:
         (lambda: OnlinePruning(ratio=0.5, prefill="none"), "prefill 'none' is unknown"),
         (lambda: OnlinePruning(ratio=0.5, score="up"), "score 'up' is unknown"),
         (lambda: OnlinePruning(ratio=0.5, band="wide"), "band 'wide' is unknown"),
-        (lambda: OnlinePruning(ratio=0.5, granularity=0), "granularity 0 is below 1"),
+        (
+            lambda: OnlinePruning(ratio=0.5, granularity=0),
+            "granularity 0 is not a whole number above 0",
+        ),
         (lambda: Frozen(2.0), "ratio 2.0 is outside"),
         (lambda: Griffin(-1), "ratio -1 is outside"),
         (lambda: RescoreAll(math.inf), "ratio inf is outside"),

@@ -219,7 +219,11 @@ def test_the_end_token_of_the_config_serves_where_nothing_else_states_one(
         (PROMPT, {"do_sample": True, "temperature": 0}, "temperature 0 is out of range"),
         (PROMPT, {"do_sample": True, "top_p": 1.5}, "top_p 1.5"),
         (PROMPT, {"num_return_sequences": 2}, "greedy decoding would be copies"),
-        (PROMPT, {"num_return_sequences": 0}, "num_return_sequences 0 is below 1"),
+        (
+            PROMPT,
+            {"num_return_sequences": 0},
+            "num_return_sequences 0 is not a whole number above 0",
+        ),
         (
             PROMPT,
             {"do_sample": True, "num_return_sequences": 2, "seed": [1]},

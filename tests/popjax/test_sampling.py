@@ -184,7 +184,7 @@ def test_the_wrong_number_of_seeds_is_refused(seeds: list[int]) -> None:
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"temperature": 0.0}, "temperature 0.0 is out of range: it must be above 0"),
+        ({"temperature": 0.0}, "temperature 0.0 is out of range: it must be at least 1e-30"),
         ({"temperature": -1}, "temperature -1 "),
         ({"temperature": math.nan}, "temperature nan "),
         ({"temperature": math.inf}, "temperature inf "),

@@ -17,13 +17,19 @@ import numpy as np
 # Reentrant: the collector may give a block back while this thread is in here.
 _LOCK = threading.RLock()
 _IDLE: dict[int, list[mmap.mmap]] = {}
+# Smaller arrays come from the heap, which keeps and reuses their pages by itself.
+SMALL_BYTES = 2**23
+# XLA's CPU client shares a buffer without a copy only when it is aligned to this many bytes.
+_ALIGNMENT = 64
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised page-aligned array; its memory comes back when it is collected."""
+    """An uninitialised aligned array; the memory of a large one comes back when it is collected."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
-        return np.empty(shape, dtype)
+    if nbytes == 0 or nbytes < SMALL_BYTES:
+        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        return raw[start : start + nbytes].view(dtype).reshape(shape)
     block = _taken(nbytes)
     # Every view of this array keeps it alive, since numpy's views refer to the first array over
     # foreign memory. So when it goes, nobody reads the block: not even the device it was lent to.

@@ -14,7 +14,8 @@ W = np.arange(300 * 64, dtype=np.float32).reshape(300, 64)
 
 
 @pytest.fixture(autouse=True)
-def nothing_idle() -> Iterator[None]:
+def nothing_idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(memory, "SMALL_BYTES", 0)
     gc.collect()
     memory.release()
     yield
@@ -84,3 +85,12 @@ def test_rows_stay_on_the_device_of_the_weights() -> None:
     device = jax.devices()[3]
     rows = gather_rows(jax.device_put(W, device), jnp.arange(5), "host")
     assert rows.devices() == {device}
+
+
+def test_small_rows_come_from_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SMALL_BYTES", 2**23)
+    rows = packed(3)
+    np.testing.assert_array_equal(rows, W[3:103])
+    del rows
+    gc.collect()
+    assert memory.idle_bytes() == 0

@@ -24,6 +24,18 @@ def is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def given_end_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """End-token ids that a caller gave. Raises ValueError for ids that the model does not have."""
+    ids = end_ids(value, "generate")
+    foreign = [token for token in ids if token >= vocab_size]
+    if foreign:
+        raise ValueError(
+            f"eos_token_id {foreign[0]} is outside 0..{vocab_size - 1}: give ids of this model's "
+            "tokenizer"
+        )
+    return ids
+
+
 def end_ids(value: Any, origin: str) -> tuple[int, ...]:
     """End-token ids of one id, several or None. Raises ValueError naming `origin` for others."""
     if value is None:

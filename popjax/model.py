@@ -132,7 +132,7 @@ class LanguageModel:
         rows = arguments.repeated(prompt_ids, num_return_sequences, sampling)
         eos_ids = self.eos_token_ids
         if eos_token_id is not None:
-            eos_ids = arguments.end_ids(eos_token_id, "generate")
+            eos_ids = arguments.given_end_ids(eos_token_id, self.config.vocab_size)
         listener = None
         if stop_strings or streamer is not None:
             stops = [stop_strings] if isinstance(stop_strings, str) else stop_strings or []

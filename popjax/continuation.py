@@ -17,9 +17,10 @@ from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, bucket, left_padded
 from popjax.methods import Method
 from popjax.nn.transformer import Inputs
+from popjax.packing import pack
 from popjax.request import Request, settled
 from popjax.run import plan_channels
-from popjax.sparsity import Params, Partitions, pack
+from popjax.sparsity import Params, Partitions
 
 
 def continuation_logprobs(

@@ -19,9 +19,10 @@ from popjax import cache as kv
 from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, DecodeState, Masks, bucket, left_padded
 from popjax.methods import Method
+from popjax.packing import pack
 from popjax.request import Request, settled
 from popjax.sampling import row_keys
-from popjax.sparsity import Params, Partitions, pack
+from popjax.sparsity import Params, Partitions
 
 
 @dataclasses.dataclass

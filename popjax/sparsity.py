@@ -1,4 +1,4 @@
-"""Budgets, partitions and packing: a ratio becomes counts, scores become sets, sets become weights.
+"""Budgets and partitions: a ratio becomes counts, scores become sets.
 
 Counts are integers fixed before tracing, indices are data, so one compile serves every prompt. Sets
 are rank-based (stable descending float32 scores, ties to the lower index), never thresholds.
@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kernels_pallas.gather_rows import gather_rows
 from popjax.config import LayerConfig, ModelConfig
 
 Params = dict[str, Any]
+
+# Up to here C * C comparisons cost less than the passes of a bisection.
+_FEW = 256
 
 
 def rounded(value: float) -> int:
@@ -158,8 +160,9 @@ def partition_by_rank(scores: jax.Array, budget: ChannelBudget) -> ChannelPartit
 def select_top(scores: jax.Array, count: int) -> jax.Array:
     """Bool mask [..., C] of exactly `count` largest non-negative scores, ties to the lower index.
 
-    The count-th largest is found by bisection on the bits of the float32 values, which order as
-    integers do: 31 passes over C, where a sort of C = 8192 takes ten times as long on a CPU.
+    Few candidates are ranked by comparing all pairs at once. Of more, the count-th largest is found
+    by bisection on the bits of the float32 values, which order as integers do: 31 passes over C,
+    where a sort of C = 8192 takes ten times as long on a CPU.
     """
     size = scores.shape[-1]
     if count <= 0:
@@ -167,6 +170,19 @@ def select_top(scores: jax.Array, count: int) -> jax.Array:
     if count >= size:
         return jnp.ones(scores.shape, bool)
     keys = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+    return _top_by_pairs(keys, count) if size <= _FEW else _top_by_bisection(keys, count)
+
+
+def _top_by_pairs(keys: jax.Array, count: int) -> jax.Array:
+    mine, other = keys[..., :, None], keys[..., None, :]
+    rows = jax.lax.broadcasted_iota(jnp.int32, (*keys.shape, keys.shape[-1]), keys.ndim - 1)
+    columns = jax.lax.broadcasted_iota(jnp.int32, rows.shape, keys.ndim)
+    ahead = (other > mine) | ((other == mine) & (columns < rows))
+    return ahead.sum(-1) < count
+
+
+def _top_by_bisection(keys: jax.Array, count: int) -> jax.Array:
+    size = keys.shape[-1]
     limit = _bisect(lambda t: (keys >= t[..., None]).sum(-1) >= count, keys.shape[:-1], 31)
     limit = limit[..., None]
     above = keys > limit
@@ -246,43 +262,3 @@ def _checked_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> Ch
 def keeps_order(part: ChannelPartition, mlp_dim: int) -> bool:
     """Whether every channel is evaluated, so that the unpacked weights serve as they are."""
     return part.evaluated == mlp_dim
-
-
-def pack(
-    params: Params, config: ModelConfig, partitions: Partitions
-) -> tuple[Params, ModelConfig, Partitions]:
-    """Parameters whose FFN rows are only [R | C], the config they fit, and partitions into them.
-
-    Copies gate, up and down rows [R+C, D] once per prompt; all other arrays are shared, and a layer
-    that evaluates every channel keeps its weights. The full weights stay held by their owner.
-    """
-    packed, parts, widths = dict(params), [], []
-    for i, (part, layer) in enumerate(zip(partitions, config.layers, strict=True)):
-        name = f"layer_{i}"
-        mlp, part = pack_layer(params[name]["mlp"], part, layer.mlp_dim)
-        packed[name] = {**params[name], "mlp": mlp}
-        parts.append(part)
-        widths.append(part.evaluated)
-    return packed, config.with_mlp_dims(tuple(widths)), tuple(parts)
-
-
-def pack_layer(
-    mlp: Params, part: ChannelPartition, mlp_dim: int
-) -> tuple[Params, ChannelPartition]:
-    """One layer's FFN parameters reduced to [R | C], and its partition with candidate norms."""
-    if keeps_order(part, mlp_dim):
-        if part.k_selected == part.num_candidate:
-            return mlp, part
-        norms = down_norms(mlp["down"])[part.candidate]
-        return mlp, dataclasses.replace(part, candidate_norm=norms)
-    rows = jnp.concatenate([part.retained, part.candidate])
-    mlp = {name: gather_rows(w, rows) for name, w in mlp.items()}
-    norms = down_norms(mlp["down"][part.num_retained :])
-    return mlp, dataclasses.replace(part, candidate_norm=norms, packed=True)
-
-
-@jax.jit
-def down_norms(down: jax.Array) -> jax.Array:
-    """L2 norm [F], float32, of every row of down [F, D]: how loudly a channel speaks."""
-    down = down.astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(down * down, axis=-1))

@@ -32,8 +32,9 @@ from popjax.bench import DENSE, BenchResult, Spread, bench, interleaved, speedup
 from popjax.families import family_of
 from popjax.methods import Griffin, Method, OnlinePruning
 from popjax.nn.ops import rms_norm
+from popjax.packing import pack
 from popjax.run import Request, run
-from popjax.sparsity import Params, Partitions, pack
+from popjax.sparsity import Params, Partitions
 from scripts.bench_models import (
     DEFAULT,
     RANDOM_1B,

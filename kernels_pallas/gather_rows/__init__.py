@@ -8,7 +8,9 @@ about 2.5 GB/s; NumPy's copies run at memory speed, so `host` is chosen where it
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -34,19 +36,30 @@ def gather_rows(w: jax.Array, rows: jax.Array, implementation: str | None = None
 
     Raises ValueError for an unknown implementation, or `host` where the arrays are not on one CPU.
     """
+    return gather_all([w], [rows], implementation)[0]
+
+
+def gather_all(
+    weights: Sequence[jax.Array], rows: Sequence[jax.Array], implementation: str | None = None
+) -> list[jax.Array]:
+    """`gather_rows` of many matrices, each [F, D] with its own rows [R], side by side on a CPU.
+
+    Raises as `gather_rows` does.
+    """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"gather_rows implementation {implementation!r} is unknown: "
             f"use one of {IMPLEMENTATIONS}"
         )
-    on_host = _on_one_cpu(w)
+    on_host = all(map(_on_one_cpu, weights))
     if implementation == "host" and not on_host:
         raise ValueError("gather_rows 'host' needs a concrete array on one CPU device: use 'xla'")
+    pairs = list(zip(weights, rows, strict=True))
     if implementation == "xla" or not on_host:
-        return jnp.take(w, rows, axis=0)
-    packed = _host_gather(np.asarray(w), np.asarray(rows))
+        return [jnp.take(w, r, axis=0) for w, r in pairs]
+    packed = _host_gather([(np.asarray(w), np.asarray(r)) for w, r in pairs])
     # device_put takes the buffer as it is; jnp.asarray would copy it once more.
-    return jax.device_put(packed, w.sharding)
+    return jax.device_put(packed, [w.sharding for w in weights])
 
 
 def _on_one_cpu(w: jax.Array) -> bool:
@@ -56,14 +69,20 @@ def _on_one_cpu(w: jax.Array) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def _host_gather(w: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    out = memory.empty((rows.size, *w.shape[1:]), w.dtype)
-    parts = _WORKERS if out.nbytes >= _SPLIT_BYTES else 1
-    bounds = np.linspace(0, len(rows), parts + 1).astype(int)
+def _host_gather(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    shapes = [(rows.size, *w.shape[1:]) for w, rows in pairs]
+    packed = memory.empty(shapes, [w.dtype for w, _ in pairs])
 
-    def copy(start: int, stop: int) -> None:
+    def copy(which: int, start: int, stop: int) -> None:
+        (w, rows), out = pairs[which], packed[which]
         np.take(w, rows[start:stop], axis=0, out=out[start:stop], mode="clip")
 
-    # Most of the time goes into the first touch of fresh pages, which threads share between them.
-    list(_pool().map(copy, bounds[:-1], bounds[1:]))
-    return out
+    copies = []
+    for i, out in enumerate(packed):
+        # Most of the time goes into the first touch of fresh pages, which threads share.
+        parts = _WORKERS if out.nbytes >= _SPLIT_BYTES else 1
+        bounds = np.linspace(0, len(out), parts + 1).astype(int).tolist()
+        copies += [_pool().submit(copy, i, *span) for span in itertools.pairwise(bounds)]
+    for done in copies:
+        done.result()
+    return packed

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from popjax.methods.method import LayerActs
-from popjax.sparsity import ChannelPartition, Params, down_norms
+from popjax.packing import down_norms
+from popjax.sparsity import ChannelPartition, Params
 
 SCORES = ("down", "gate-up", "activation")
 

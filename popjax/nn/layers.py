@@ -17,7 +17,8 @@ from popjax.cache import LayerCache, write_layer
 from popjax.config import LayerConfig, ModelConfig
 from popjax.methods.method import LayerActs, Method
 from popjax.nn import ops
-from popjax.sparsity import ChannelPartition, Params, pack_layer
+from popjax.packing import pack_layer
+from popjax.sparsity import ChannelPartition, Params, keeps_order
 
 RopeTable = tuple[jax.Array, jax.Array]
 
@@ -112,7 +113,7 @@ class Mlp(nn.Module):
         acts = LayerActs(x, residual, valid, weights, activation)
         statistic = self.method.observe(weights, acts)
         part = self.method.prefill_partition(statistic, self.layer, given)
-        if part is None or part.evaluated == self.layer.mlp_dim:
+        if part is None or keeps_order(part, self.layer.mlp_dim):
             return project(acts.channels(), self.down), statistic
         if acts.evaluated:
             # Every channel was needed for the statistic: only the projection can be spared.

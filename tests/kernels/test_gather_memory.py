@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.gather_rows import gather_rows, memory
+from kernels_pallas.gather_rows import gather_all, gather_rows, memory
 
 W = np.arange(300 * 64, dtype=np.float32).reshape(300, 64)
 
@@ -72,7 +72,33 @@ def test_a_running_computation_keeps_its_rows() -> None:
     del others
 
 
-def test_another_shape_frees_what_is_idle() -> None:
+def test_matrices_of_one_call_share_a_block_until_the_last_is_gone() -> None:
+    w = jnp.asarray(W)
+    first, second = gather_all([w, w], [jnp.arange(100), jnp.arange(40, 140)], "host")
+    del first
+    gc.collect()
+    assert memory.idle_bytes() == 0
+    np.testing.assert_array_equal(second, W[40:140])
+    size = 2 * second.nbytes
+    del second
+    gc.collect()
+    assert memory.idle_bytes() == size
+
+
+def test_a_block_a_little_too_large_serves_whole() -> None:
+    rows = packed(0)
+    size = rows.nbytes
+    del rows
+    gc.collect()
+    fewer = gather_rows(jnp.asarray(W), jnp.arange(90), "host")
+    assert memory.idle_bytes() == 0
+    np.testing.assert_array_equal(fewer, W[:90])
+    del fewer
+    gc.collect()
+    assert memory.idle_bytes() == size
+
+
+def test_a_block_far_too_large_is_freed() -> None:
     rows = packed(0)
     del rows
     gc.collect()

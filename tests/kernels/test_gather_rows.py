@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.gather_rows import IMPLEMENTATIONS, gather_rows
+from kernels_pallas.gather_rows import IMPLEMENTATIONS, gather_all, gather_rows
 
 ROWS = [[], [0], [4, 0, 2], [1, 1, 1], list(range(7)), list(range(6, -1, -1))]
 
@@ -59,3 +59,18 @@ def test_arrays_on_several_devices_are_taken_by_xla() -> None:
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="'fast' is unknown: use one of .*xla.*host"):
         gather_rows(jnp.zeros((2, 2)), jnp.array([0]), "fast")
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_many_matrices_at_once(implementation: str | None) -> None:
+    weights = [matrix("float32"), matrix("bfloat16", 3), matrix("float32", 1)]
+    rows = [[6, 0], [], [2, 2, 5]]
+    out = gather_all(
+        [jnp.asarray(w) for w in weights],
+        [jnp.asarray(r, jnp.int32) for r in rows],
+        implementation,
+    )
+    for array, w, r in zip(out, weights, rows, strict=True):
+        assert array.dtype == w.dtype
+        assert np.array_equal(np.asarray(array), w[np.asarray(r, int)])
+    assert gather_all([], [], implementation) == []

@@ -18,9 +18,10 @@ from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, Options, bucket, left_padded
 from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
 from popjax.nn.transformer import Inputs
+from popjax.packing import pack
 from popjax.run import Request, RunResult, run
 from popjax.sampling import SamplingConfig
-from popjax.sparsity import ChannelBudget, channel_budget, pack
+from popjax.sparsity import ChannelBudget, channel_budget
 from tests.popjax.tiny_models import CONFIGS, PROMPTS, VOCAB, logit_tolerance, random_params
 
 METHODS: dict[str, Method] = {

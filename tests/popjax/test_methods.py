@@ -22,8 +22,9 @@ from popjax.methods import (
     method_named,
 )
 from popjax.methods.scores import channel_scores, step_scores
+from popjax.packing import down_norms
 from popjax.run import Request, RunResult, run
-from popjax.sparsity import ChannelBudget, ChannelPartition, down_norms, partition_by_rank
+from popjax.sparsity import ChannelBudget, ChannelPartition, partition_by_rank
 from tests.popjax.published_models import LLAMA_31_8B
 from tests.popjax.tiny_models import CONFIGS, PROMPTS, random_params
 

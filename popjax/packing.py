@@ -7,7 +7,6 @@ Everything else of the model is shared, not copied. Leaves out which channels ar
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -53,15 +52,17 @@ def _pack_layers(
     matrices = gather_all([packed[i][name] for i, name in wanted], [rows[i] for i, _ in wanted])
     for (i, name), matrix in zip(wanted, matrices, strict=True):
         packed[i][name] = matrix
-    chosen = [i for i, p in enumerate(partitions) if not whole[i] or p.k_selected < p.num_candidate]
-    norms = _candidate_norms(
-        [packed[i]["down"] for i in chosen],
-        [partitions[i].candidate if whole[i] else None for i in chosen],
-        tuple(partitions[i].num_retained for i in chosen),
-    )
     parts = list(partitions)
-    for i, norm in zip(chosen, norms, strict=True):
-        parts[i] = dataclasses.replace(parts[i], candidate_norm=norm, packed=not whole[i])
+    reduced = [i for i, keep in enumerate(whole) if not keep]
+    downs = [packed[i]["down"] for i in reduced]
+    norms = _last_norms(downs, [partitions[i].candidate for i in reduced])
+    for i, norm in zip(reduced, norms, strict=True):
+        parts[i] = dataclasses.replace(parts[i], candidate_norm=norm, packed=True)
+    for i, part in enumerate(partitions):
+        if whole[i] and part.k_selected < part.num_candidate:
+            # One layer at a time: together, XLA's CPU backend holds every layer's squares at once.
+            norm = down_norms(packed[i]["down"])[part.candidate]
+            parts[i] = dataclasses.replace(part, candidate_norm=norm)
     return packed, tuple(parts)
 
 
@@ -70,13 +71,11 @@ def _evaluated_rows(partitions: Partitions) -> list[jax.Array]:
     return [jnp.concatenate([part.retained, part.candidate]) for part in partitions]
 
 
-@functools.partial(jax.jit, static_argnames="retained")
-def _candidate_norms(
-    downs: list[jax.Array], candidates: list[jax.Array | None], retained: tuple[int, ...]
-) -> list[jax.Array]:
-    """Norms [C] a layer of the rows named of down, or where None, of those after `retained`."""
-    triples = zip(downs, candidates, retained, strict=True)
-    return [down_norms(w[r:]) if c is None else down_norms(w)[c] for w, c, r in triples]
+@jax.jit
+def _last_norms(downs: list[jax.Array], candidates: list[jax.Array]) -> list[jax.Array]:
+    """Norms [C] a layer of the last C rows of its down [R+C, D]."""
+    pairs = zip(downs, candidates, strict=True)
+    return [down_norms(down[down.shape[0] - c.shape[0] :]) for down, c in pairs]
 
 
 @jax.jit

@@ -209,7 +209,6 @@ def _report(model: Weights, name: str, request: Request) -> Report:
         params=model.params,
         result=run(model.params, model.config, request),
         load_seconds=0.0,
-        implementation=request.options.implementation,
     )
 
 

@@ -53,7 +53,7 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static switches of a run: which by-products are kept, and how the FFN is computed."""
+    """Static switches of a run: which by-products are kept, and how decode steps are computed."""
 
     logprobs: bool = False
     logits: bool = False
@@ -215,7 +215,7 @@ def decode(
     Reads only the parameters given, so packed ones make it touch only R u C. `replay` masks
     [steps, B or 1, R+C] a layer replace the method's own.
     """
-    model = Transformer(config, method, options.implementation)
+    model = Transformer(config, method, options.implementation or "xla")
 
     def going(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~jnp.all(state.done)

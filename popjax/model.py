@@ -189,7 +189,6 @@ class LanguageModel:
                 params=self.params,
                 result=result,
                 load_seconds=self.load_seconds,
-                implementation=request.options.implementation,
             ),
         )
 

@@ -46,7 +46,10 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that a run reports. Seconds by phase; bytes held and read; tokens a second in decode."""
+    """All that a run reports. Seconds by phase; bytes held and read; tokens a second in decode.
+
+    implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS.
+    """
 
     model: str
     method: str
@@ -62,6 +65,7 @@ class Report:
     new_tokens: int
     decode_steps: int
     tokens_per_second: float | None
+    implementation: str
     comparison: Comparison | None = None
 
     def totals(self) -> LayerReport:
@@ -75,7 +79,7 @@ class Report:
 
 
 def layer_reports(
-    config: ModelConfig, partition: Partitions | None, itemsize: int, implementation: str | None
+    config: ModelConfig, partition: Partitions | None, itemsize: int, only_chosen: bool
 ) -> tuple[LayerReport, ...]:
     """One LayerReport a layer; without a partition every channel is retained."""
     reports = []
@@ -87,11 +91,21 @@ def layer_reports(
             reports.append(LayerReport(layer.mlp_dim, *counts, dense, dense))
             continue
         part = partition[i]
-        down = part.active if implementation == "gathered" else part.evaluated
+        down = part.active if only_chosen else part.evaluated
         read = (2 * part.evaluated + down) * row
         counts = (part.num_retained, part.num_candidate, part.active)
         reports.append(LayerReport(layer.mlp_dim, *counts, dense, read))
     return tuple(reports)
+
+
+def reads_only_chosen(result: Any) -> bool:
+    """Whether a decode step read only the chosen rows of `down`.
+
+    Rows of a batch that choose for themselves read the union, for which R u C is the bound.
+    """
+    if result.implementation == "xla_gathered":
+        return True
+    return result.implementation in ("native", "auto") and len(result.tokens) == 1
 
 
 def weight_bytes(params: Params) -> int:
@@ -120,11 +134,10 @@ def make_report(
     params: Params,
     result: Any,
     load_seconds: float,
-    implementation: str | None,
 ) -> Report:
     """The report of a RunResult."""
     itemsize = params["embed"]["table"].dtype.itemsize
-    layers = layer_reports(config, result.partition, itemsize, implementation)
+    layers = layer_reports(config, result.partition, itemsize, reads_only_chosen(result))
     dense = bytes_per_token(config, params)
     saved = sum(layer.dense_bytes - layer.read_bytes for layer in layers)
     decode_steps = result.steps - 1
@@ -138,6 +151,7 @@ def make_report(
         read_bytes_per_token=dense - saved,
         weight_bytes=weight_bytes(params),
         packed_bytes=result.packed_bytes,
+        implementation=result.implementation,
         cache_bytes=result.cache_bytes,
         seconds={name: float(value) for name, value in seconds.items()},
         compilations=result.compilations,

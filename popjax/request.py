@@ -87,7 +87,7 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
             raise ValueError("masks were given without a partition: give the partition they index")
         return
     undecided = any(part.k_selected < part.num_candidate for part in request.partition)
-    if type(method).mask is Method.mask and undecided and request.masks is None:
+    if type(method).selection is Method.selection and undecided and request.masks is None:
         raise ValueError(
             f"the partition leaves candidates to choose, which {type(method).__name__} cannot: "
             "give a method that masks, or masks, or a partition whose k_selected is all candidates"
@@ -111,8 +111,8 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
                 "0, rows of the prompts, evaluated channels of the partition"
             )
         counts = np.unique(np.asarray(mask).sum(axis=-1)).tolist()
-        if request.options.implementation == "gathered" and counts not in ([], [part.active]):
+        if request.options.implementation == "xla_gathered" and counts not in ([], [part.active]):
             raise ValueError(
-                f"masks of layer {i} have {counts} channels on, 'gathered' needs {part.active} in "
-                "every one: use 'masked' for masks of other counts"
+                f"masks of layer {i} have {counts} channels on, 'xla_gathered' needs "
+                f"{part.active} in every one: use 'xla' for masks of other counts"
             )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.choice import implementation_for
 from popjax import cache as kv
 from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, DecodeState, Masks, bucket, left_padded
@@ -32,6 +33,7 @@ class RunResult:
     tokens [B, n]; counts [B] tokens of each row up to its end token; stopped [B] whether a row met
     one. partition indexes the full F channels; masks [steps, B, R+C] a layer, entry i being the
     step that produced token i+1; logits [B, n, V]. seconds: compile, prefill, plan, pack, decode.
+    implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS.
     """
 
     tokens: np.ndarray
@@ -47,6 +49,7 @@ class RunResult:
     prompt_tokens: int
     cache_bytes: int
     packed_bytes: int
+    implementation: str
 
 
 class _Clock:
@@ -73,6 +76,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     """
     method = request.method.for_model(config)
     request = settled(request, config, method)
+    implementation = implementation_for(request.options.implementation, params)
+    options = dataclasses.replace(request.options, implementation=implementation)
+    request = dataclasses.replace(request, options=options)
     clock, compiled = _Clock(), PROGRAMS.compilations
     inputs = left_padded(request.prompts)
     rows, T = inputs.tokens.shape
@@ -203,4 +209,5 @@ def _result(
         prompt_tokens=sum(len(prompt) for prompt in request.prompts),
         cache_bytes=kv.bytes_held(state.cache),
         packed_bytes=packed_bytes,
+        implementation=request.options.implementation or "",
     )

@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
 
 Params = dict[str, Any]
-
-# Up to here C * C comparisons cost less than the passes of a bisection.
-_FEW = 256
 
 
 def rounded(value: float) -> int:
@@ -118,22 +116,27 @@ class ChannelPartition:
         kept = jnp.zeros((mlp_dim,), bool)
         return kept.at[self.retained].set(True).at[self.candidate].set(True)
 
-    def candidates_of(self, h: jax.Array) -> jax.Array:
-        """Activations [..., C] of the candidates among the evaluated channels h [..., R+C]."""
-        return h[..., self.num_retained :] if self._in_order else h[..., self.candidate]
+    def selection(
+        self, *, weighted: bool = True, shared: bool = False, point: str = "product"
+    ) -> Selection | None:
+        """The choice of k_selected candidates by |h_i| ||Wd_i||_2, or |h_i|; None: all are on.
 
-    @property
-    def _in_order(self) -> bool:
-        """Whether the candidates are the last C evaluated channels: a slice, not a gather."""
-        return self.packed or self.num_retained == 0
-
-    def with_retained(self, chosen: jax.Array) -> jax.Array:
-        """Mask [..., R+C] in evaluated order: candidates as in chosen [..., C], R always on."""
-        if self._in_order:
-            on = jnp.ones((*chosen.shape[:-1], self.num_retained), bool)
-            return jnp.concatenate([on, chosen], axis=-1)
-        on = jnp.ones((*chosen.shape[:-1], self.evaluated), bool)
-        return on.at[..., self.candidate].set(chosen)
+        `shared`: one choice for the batch, by the L2 norm over it. `pack` provides the norms.
+        """
+        if self.k_selected == self.num_candidate:
+            return None
+        if weighted and self.candidate_norm is None:
+            raise ValueError("a weighted choice needs candidate norms: pack() the partition first")
+        # Whether the candidates are the last C evaluated channels: a slice, not a gather.
+        last = self.packed or self.num_retained == 0
+        return Selection(
+            candidate=None if last else self.candidate,
+            weight=self.candidate_norm if weighted else None,
+            num_candidate=self.num_candidate,
+            k_selected=self.k_selected,
+            shared=shared,
+            point=point,
+        )
 
 
 Partitions = tuple[ChannelPartition, ...]
@@ -155,59 +158,6 @@ def partition_by_rank(scores: jax.Array, budget: ChannelBudget) -> ChannelPartit
         candidate=jnp.sort(order[budget.retained : split]),
         k_selected=budget.k_selected,
     )
-
-
-def select_top(scores: jax.Array, count: int) -> jax.Array:
-    """Bool mask [..., C] of exactly `count` largest non-negative scores, ties to the lower index.
-
-    Few candidates are ranked by comparing all pairs at once. Of more, the count-th largest is found
-    by bisection on the bits of the float32 values, which order as integers do: 31 passes over C,
-    where a sort of C = 8192 takes ten times as long on a CPU.
-    """
-    size = scores.shape[-1]
-    if count <= 0:
-        return jnp.zeros(scores.shape, bool)
-    if count >= size:
-        return jnp.ones(scores.shape, bool)
-    keys = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
-    return _top_by_pairs(keys, count) if size <= _FEW else _top_by_bisection(keys, count)
-
-
-def _top_by_pairs(keys: jax.Array, count: int) -> jax.Array:
-    mine, other = keys[..., :, None], keys[..., None, :]
-    rows = jax.lax.broadcasted_iota(jnp.int32, (*keys.shape, keys.shape[-1]), keys.ndim - 1)
-    columns = jax.lax.broadcasted_iota(jnp.int32, rows.shape, keys.ndim)
-    ahead = (other > mine) | ((other == mine) & (columns < rows))
-    return ahead.sum(-1) < count
-
-
-def _top_by_bisection(keys: jax.Array, count: int) -> jax.Array:
-    size = keys.shape[-1]
-    limit = _bisect(lambda t: (keys >= t[..., None]).sum(-1) >= count, keys.shape[:-1], 31)
-    limit = limit[..., None]
-    above = keys > limit
-    room = count - above.sum(-1)
-    index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
-    tied = keys == limit
-
-    def cut_ties() -> jax.Array:
-        bits = size.bit_length()
-        last = _bisect(
-            lambda t: (tied & (index < t[..., None])).sum(-1) <= room, keys.shape[:-1], bits
-        )
-        return above | (tied & (index < last[..., None]))
-
-    return jax.lax.cond(jnp.any(tied.sum(-1) != room), cut_ties, lambda: above | tied)
-
-
-def _bisect(accept: Any, shape: tuple[int, ...], bits: int) -> jax.Array:
-    """The largest int32 below 2**bits, per element of `shape`, that the monotone `accept` takes."""
-
-    def step(i: jax.Array, found: jax.Array) -> jax.Array:
-        trial = found | (1 << (bits - 1 - i)).astype(jnp.int32)
-        return jnp.where(accept(trial), trial, found)
-
-    return jax.lax.fori_loop(0, bits, step, jnp.zeros(shape, jnp.int32))
 
 
 def checked_partitions(partitions: Sequence[ChannelPartition], config: ModelConfig) -> Partitions:

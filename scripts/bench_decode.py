@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import checkpoints
+from kernels_pallas.choice import implementation_for
 from kernels_pallas.masked_mlp import masked_mlp
 from popjax.bench import DENSE, BenchResult, Spread, bench, interleaved, speedup_text
 from popjax.families import family_of
@@ -148,8 +149,8 @@ def ffn_steps(
                 mlp["up"],
                 mlp["down"],
                 activation=activation,
-                select=lambda h, part=part: None if part is None else method.mask(h, part),
-                active=0 if part is None else part.active,
+                selection=None if part is None else method.selection(part),
+                implementation=implementation_for(None, mlp),
             )
             # Keeps the stream finite through random layers; costs nothing beside the weights.
             x = rms_norm(x + y, jnp.ones(x.shape[-1:], x.dtype), 1e-6)

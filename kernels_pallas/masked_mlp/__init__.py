@@ -1,25 +1,27 @@
 """Feed-forward layer of a pruned decode step: evaluate channels, choose, project the chosen.
 
-`masked` multiplies unchosen channels by zero and reads every row of `down`; `gathered` reads only
-the chosen rows. On the CPU backend XLA's gather of rows costs three to four times a dense product
-(measured), so `masked` is the default until a native kernel exists for the platform.
+Implementations. `xla`: unchosen channels are multiplied by zero and every row of `down` is read.
+`xla_gathered`: only the chosen rows of `down` are, which on XLA's CPU backend costs three to four
+times a dense product (measured). `native`: the CPU kernels, which read only what is used.
+`auto`: native where the cost model finds it faster, else xla.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 
-from kernels_pallas.masked_mlp.products import contract, expand
+from kernels_pallas.masked_mlp import native
 from kernels_pallas.masked_mlp.reference import (
     ACTIVATIONS,
     gated_channels,
     project,
     project_gathered,
 )
+from kernels_pallas.masked_mlp.selection import POINTS, Selection, choose, select_top
+from kernels_pallas.native.cost import prefers_native
+from kernels_pallas.row_products import expand
 
-IMPLEMENTATIONS = ("masked", "gathered")
+IMPLEMENTATIONS = ("xla", "xla_gathered", "native", "auto")
 
 
 def masked_mlp(
@@ -29,39 +31,67 @@ def masked_mlp(
     down: jax.Array,
     *,
     activation: str,
-    select: Callable[[jax.Array], jax.Array | None],
-    active: int,
-    implementation: str | None = None,
+    selection: Selection | None = None,
+    given: jax.Array | None = None,
+    implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array | None]:
-    """FFN output [B, T, D] and the mask that `select` chose from the channel activations.
+    """FFN output [B, T, D] and the mask [B or 1, T, E] in use, None where every channel was on.
 
-    x [B, T, D]; gate, up, down [F, D]. `select` maps h [B, T, F] to a bool mask [B or 1, T, F] with
-    `active` channels on in every row, or to None for all of them.
-    Raises ValueError for shapes that disagree or an unknown implementation.
+    x [B, T, D]; gate, up, down [E, D], the evaluated channels. `selection` chooses for every token;
+    a bool mask `given` [B or 1, T, E] replaces it. Raises ValueError for shapes that disagree and
+    unknown names.
     """
     if not gate.shape == up.shape == down.shape or x.shape[-1] != gate.shape[1]:
         raise ValueError(
-            f"masked_mlp needs x [B,T,D] and gate, up, down [F,D], got {x.shape}, {gate.shape}, "
+            f"masked_mlp needs x [B,T,D] and gate, up, down [E,D], got {x.shape}, {gate.shape}, "
             f"{up.shape}, {down.shape}"
         )
-    if implementation not in (None, *IMPLEMENTATIONS):
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"masked_mlp implementation {implementation!r} is unknown: use one of {IMPLEMENTATIONS}"
         )
-    h = gated_channels(x, gate, up, activation)
-    mask = select(h)
-    if mask is not None and implementation == "gathered":
-        return project_gathered(h, down, mask, active), mask
+    if selection is not None and selection.point not in POINTS:
+        raise ValueError(f"selection point {selection.point!r} is unknown: use one of {POINTS}")
+    if _native(x, gate, selection, implementation):
+        options = {"activation": activation, "selection": selection, "given": given}
+        return native.masked_mlp(x, gate, up, down, **options)
+    a = ACTIVATIONS[activation](expand(x, gate))
+    if selection is not None and selection.point == "gate":
+        mask = choose(a, selection) if given is None else given
+        h = a * expand(x, up)
+    else:
+        h = a * expand(x, up)
+        mask = choose(h, selection) if given is None and selection is not None else given
+    if mask is not None and implementation == "xla_gathered":
+        return project_gathered(h, down, mask, _active(selection, mask)), mask
     return project(h, down, mask), mask
+
+
+def _native(
+    x: jax.Array, gate: jax.Array, selection: Selection | None, implementation: str
+) -> bool:
+    if selection is not None and selection.shared and x.shape[1] > 1:
+        return False  # one choice a step: many steps at once are for XLA
+    vectors = x.shape[0] * x.shape[1]
+    auto = implementation == "auto" and prefers_native("mlp", vectors, gate.dtype)
+    return auto or implementation == "native"
+
+
+def _active(selection: Selection | None, mask: jax.Array) -> int:
+    if selection is None or selection.threshold is not None:
+        raise ValueError("'xla_gathered' needs a selection with a fixed count: use 'xla'")
+    return mask.shape[-1] - selection.num_candidate + selection.k_selected
 
 
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
-    "contract",
-    "expand",
+    "POINTS",
+    "Selection",
+    "choose",
     "gated_channels",
     "masked_mlp",
     "project",
     "project_gathered",
+    "select_top",
 ]

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.masked_mlp.products import contract, expand
+from kernels_pallas.row_products import contract, expand
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

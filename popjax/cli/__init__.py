@@ -1,4 +1,4 @@
-"""The command line: `popjax generate | chat | inspect | bench | show`.
+"""The command line: `popjax generate | chat | inspect | bench | show | doctor`.
 
 One file a command; what they share is in `options.py` (arguments), `terminal.py` (where output goes
 and what an error becomes) and `tables.py`. Nothing here imports jax until a command runs, so help
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from popjax.cli import bench, chat, generate, inspect, show
+from popjax.cli import bench, chat, doctor, generate, inspect, show
 from popjax.cli.terminal import SETTINGS, forgiving_streams
 
 EPILOG = (
@@ -28,7 +28,14 @@ app = typer.Typer(
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for run in (generate.generate, chat.chat, inspect.inspect, bench.bench, show.show):
+for run in (
+    generate.generate,
+    chat.chat,
+    inspect.inspect,
+    bench.bench,
+    show.show,
+    doctor.doctor,
+):
     app.command()(run)
 
 

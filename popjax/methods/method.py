@@ -1,4 +1,4 @@
-"""The interface of a sparsity method: observe each layer in prefill, plan once, mask at every step.
+"""The interface of a sparsity method: observe in prefill, plan once, select at every step.
 
 A method is a frozen dataclass, hashable and static under jit. It returns indices and masks; it
 never touches shapes, weights or caches. Every default does nothing, so the base class is dense
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.masked_mlp import gated_channels
+from kernels_pallas.masked_mlp import Selection, gated_channels
 from popjax.config import LayerConfig, ModelConfig
 from popjax.sparsity import ChannelPartition, Params, Plan
 
@@ -85,8 +85,8 @@ class Method:
         """The decision for this prompt, from the statistics of all layers together."""
         return Plan()
 
-    def mask(self, h: jax.Array, partition: ChannelPartition) -> jax.Array | None:
-        """Step masks [B or 1, T, R+C] from evaluated channels h [B, T, R+C]; None: all on."""
+    def selection(self, partition: ChannelPartition) -> Selection | None:
+        """How a layer's candidates are chosen at every step; None: all channels are on."""
         return None
 
 

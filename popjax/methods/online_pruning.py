@@ -12,10 +12,11 @@ import dataclasses
 
 import jax
 
+from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
 from popjax.methods.method import LayerActs, Method, check_share
 from popjax.methods.probe import probe_acts
-from popjax.methods.scores import SCORES, channel_scores, step_scores
+from popjax.methods.scores import SCORES, channel_scores
 from popjax.sparsity import (
     ChannelBudget,
     ChannelPartition,
@@ -24,7 +25,6 @@ from popjax.sparsity import (
     channel_budget,
     ffn_ratio,
     partition_by_rank,
-    select_top,
 )
 
 PREFILLS = ("partition", "dense", "probe")
@@ -105,9 +105,5 @@ class OnlinePruning(Method):
         pairs = zip(statistics, config.layers, strict=True)
         return Plan(tuple(partition_by_rank(s, self.budget(y.mlp_dim)) for s, y in pairs))
 
-    def mask(self, h: jax.Array, partition: ChannelPartition) -> jax.Array | None:
-        if partition.k_selected == partition.num_candidate:
-            return None
-        weighted = self.score != "activation"
-        scores = step_scores(h, partition, weighted=weighted, shared=self.batch_shared)
-        return partition.with_retained(select_top(scores, partition.k_selected))
+    def selection(self, partition: ChannelPartition) -> Selection | None:
+        return partition.selection(weighted=self.score != "activation", shared=self.batch_shared)

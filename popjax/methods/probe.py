@@ -12,8 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.masked_mlp import select_top
 from popjax.methods.method import LayerActs
-from popjax.sparsity import Params, select_top
+from popjax.sparsity import Params
 
 ROWS = 0.05
 

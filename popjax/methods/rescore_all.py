@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
+from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
 from popjax.methods.method import Method, check_share
-from popjax.methods.scores import step_scores
-from popjax.sparsity import ChannelPartition, Plan, channel_budget, select_top
+from popjax.sparsity import ChannelPartition, Plan, channel_budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,5 @@ class RescoreAll(Method):
             k_selected=channel_budget(layer.mlp_dim, self.ratio).active,
         )
 
-    def mask(self, h: jax.Array, partition: ChannelPartition) -> jax.Array | None:
-        if partition.k_selected == partition.num_candidate:
-            return None
-        scores = step_scores(h, partition, weighted=True, shared=self.batch_shared)
-        return partition.with_retained(select_top(scores, partition.k_selected))
+    def selection(self, partition: ChannelPartition) -> Selection | None:
+        return partition.selection(shared=self.batch_shared)

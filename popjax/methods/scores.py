@@ -1,4 +1,4 @@
-"""Channel importance: the statistics that prompt-time methods rank by, and the step-time score.
+"""Channel importance: the statistics that prompt-time methods rank by.
 
 All in float32. `H` [B, T, F] are the channel activations of the prompt's real tokens.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from popjax.methods.method import LayerActs
 from popjax.packing import down_norms
-from popjax.sparsity import ChannelPartition, Params
+from popjax.sparsity import Params
 
 SCORES = ("down", "gate-up", "activation")
 
@@ -34,20 +34,3 @@ def channel_scores(params: Params, acts: LayerActs, kind: str) -> jax.Array:
         return jnp.sqrt(jnp.einsum("FD,D->F", squares, energy))
     norms = token_norms(acts.counted_channels())
     return norms * down_norms(params["down"]) if kind == "down" else norms
-
-
-def step_scores(
-    h: jax.Array, partition: ChannelPartition, *, weighted: bool, shared: bool
-) -> jax.Array:
-    """Score [B or 1, T, C] of the candidates from the evaluated channels h [B, T, R+C] of T steps.
-
-    |h_i| ||Wd_i||_2, or |h_i| unweighted; `shared` takes the L2 norm over the batch first, which
-    gives one mask for all rows as in the paper.
-    """
-    magnitude = jnp.abs(partition.candidates_of(h).astype(jnp.float32))
-    if shared:
-        magnitude = jnp.sqrt(jnp.sum(magnitude * magnitude, axis=0, keepdims=True))
-    if weighted:
-        assert partition.candidate_norm is not None, "pack() fills in candidate_norm"
-        magnitude = magnitude * partition.candidate_norm[None, None, :]
-    return magnitude

@@ -51,6 +51,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     layer: LayerConfig
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(
@@ -62,23 +63,27 @@ class Attention(nn.Module):
         positions: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, LayerCache]:
         """x [B, T, D] at query positions [B, T] attends to key positions [B, S] -> [B, T, D]."""
-        q, k, v = (self._heads(x, name) for name in "qkv")
+        q, k, v = self._heads(x)
         if self.config.qk_norm:
             q = ops.rms_norm(q, declare(self, "q_norm", self.config), self.config.norm_eps)
             k = ops.rms_norm(k, declare(self, "k_norm", self.config), self.config.norm_eps)
         q, k = ops.rotate(q, table), ops.rotate(k, table)
         cache = write_layer(cache, k, v, slot)
-        out = ops.blocked_attention(q, cache.k, cache.v, *positions, self.layer.window)
-        y = ops.heads_out(out, declare(self, "o", self.config))
+        out = ops.cached_attention(
+            q, cache.k, cache.v, *positions, self.layer.window, self.implementation
+        )
+        y = ops.heads_out(out, declare(self, "o", self.config), self.implementation)
         if self.config.o_bias:
             y = y + declare(self, "o_bias", self.config)[None, None, :]
         return y, cache
 
-    def _heads(self, x: jax.Array, name: str) -> jax.Array:
-        y = ops.heads_in(x, declare(self, name, self.config))
+    def _heads(self, x: jax.Array) -> list[jax.Array]:
+        weights = [declare(self, name, self.config) for name in "qkv"]
+        heads = ops.heads_in(x, weights, self.implementation)
         if self.config.qkv_bias:
-            y = y + declare(self, f"{name}_bias", self.config)[None, None, :, :]
-        return y
+            biases = [declare(self, f"{name}_bias", self.config) for name in "qkv"]
+            heads = [y + b[None, None, :, :] for y, b in zip(heads, biases, strict=True)]
+        return heads
 
 
 class Mlp(nn.Module):
@@ -87,7 +92,7 @@ class Mlp(nn.Module):
     config: ModelConfig
     layer: LayerConfig
     method: Method
-    implementation: str | None = None
+    implementation: str = "xla"
 
     def setup(self) -> None:
         self.gate = declare(self, "gate", self.config)
@@ -136,22 +141,17 @@ class Mlp(nn.Module):
         `recorded` [B, T, R+C] replaces the mask that the method would choose.
         """
 
-        def select(h: jax.Array) -> jax.Array | None:
-            if part is None:
-                return None
-            if recorded is not None:
-                return recorded
-            # A finished row is padding: zeroed, it cannot sway a mask that the batch shares.
-            zero = jnp.zeros((), h.dtype)
-            return self.method.mask(jnp.where(valid[:, :, None], h, zero), part)
-
+        selection = None if part is None else self.method.selection(part)
+        if selection is not None:
+            # A finished row is padding: zeroed, it cannot sway a choice that the batch shares.
+            x = jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
         return masked_mlp(
             x,
             self.gate,
             self.up,
             self.down,
             activation=self.config.activation,
-            select=select,
-            active=0 if part is None else part.active,
+            selection=selection,
+            given=recorded,
             implementation=self.implementation,
         )

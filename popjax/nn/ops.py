@@ -7,12 +7,14 @@ float32. Knows no parameters by name, no config but `RopeConfig`, and no cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.masked_mlp import contract, expand
+from kernels_pallas.decode_attention import decode_attention
+from kernels_pallas.row_products import contract, expand, expand_many
 from popjax.config import RopeConfig
 
 # Above this many queries, attention runs block by block: an 8k prompt's scores would otherwise take
@@ -81,18 +83,21 @@ def attention_mask(
     return seen
 
 
-def heads_in(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Heads [B, T, N, H] of x [B, T, D] under a weight [N, H, D]."""
-    # As one plain matrix: contracting D of a rank-three weight makes XLA's CPU backend transpose
+def heads_in(
+    x: jax.Array, weights: Sequence[jax.Array], implementation: str = "xla"
+) -> list[jax.Array]:
+    """Heads [B, T, N_i, H] of x [B, T, D] under each weight [N_i, H, D]."""
+    # As plain matrices: contracting D of a rank-three weight makes XLA's CPU backend transpose
     # and hold a second copy of it.
-    flat = expand(x, weight.reshape(-1, weight.shape[-1]))
-    return flat.reshape(*x.shape[:2], *weight.shape[:2])
+    flat = expand_many(x, [w.reshape(-1, w.shape[-1]) for w in weights], implementation)
+    pairs = zip(flat, weights, strict=True)
+    return [y.reshape(*x.shape[:2], *w.shape[:2]) for y, w in pairs]
 
 
-def heads_out(heads: jax.Array, weight: jax.Array) -> jax.Array:
+def heads_out(heads: jax.Array, weight: jax.Array, implementation: str = "xla") -> jax.Array:
     """Sum over heads [B, T, N, H] of each head times its weight [N, H, D]: [B, T, D]."""
     flat = heads.reshape(*heads.shape[:2], -1)
-    return contract(flat, weight.reshape(-1, weight.shape[-1]))
+    return contract(flat, weight.reshape(-1, weight.shape[-1]), implementation)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -138,6 +143,24 @@ def blocked_attention(
     return out.swapaxes(0, 1).reshape(q.shape)
 
 
-def logits(x: jax.Array, table: jax.Array) -> jax.Array:
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    window: int | None,
+    implementation: str = "xla",
+) -> jax.Array:
+    """Attention [B, T, N, H] over the cache k, v; one token a row may run on the CPU kernels."""
+    if q.shape[1] > 1 or implementation not in ("native", "auto"):
+        return blocked_attention(q, k, v, query_positions, key_positions, window)
+    out = decode_attention(q[:, 0], k, v, query_positions[:, 0], key_positions, window)
+    return out[:, None]
+
+
+def logits(x: jax.Array, table: jax.Array, implementation: str = "xla") -> jax.Array:
     """Next-token logits [..., V] in float32 of x [..., D] against an output table [V, D]."""
+    if implementation != "xla":
+        return expand(x, table, implementation, jnp.float32)
     return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)

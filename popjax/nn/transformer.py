@@ -48,6 +48,7 @@ class Embedding(nn.Module):
     """A table [V, D]: looked up on the way in, contracted on the way out."""
 
     config: ModelConfig
+    implementation: str = "xla"
 
     def setup(self) -> None:
         self.table = declare(self, "table", self.config)
@@ -56,7 +57,7 @@ class Embedding(nn.Module):
         return jnp.take(self.table, tokens, axis=0, mode="clip")
 
     def logits(self, x: jax.Array) -> jax.Array:
-        return ops.logits(x, self.table)
+        return ops.logits(x, self.table, self.implementation)
 
 
 class Block(nn.Module):
@@ -65,11 +66,11 @@ class Block(nn.Module):
     config: ModelConfig
     layer: LayerConfig
     method: Method
-    implementation: str | None = None
+    implementation: str = "xla"
 
     def setup(self) -> None:
         self.attn_norm = Norm(self.config)
-        self.attn = Attention(self.config, self.layer)
+        self.attn = Attention(self.config, self.layer, self.implementation)
         self.mlp_norm = Norm(self.config)
         self.mlp = Mlp(self.config, self.layer, self.method, self.implementation)
 
@@ -93,16 +94,16 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     method: Method
-    implementation: str | None = None
+    implementation: str = "xla"
 
     def setup(self) -> None:
-        self.embed = Embedding(self.config)
+        self.embed = Embedding(self.config, self.implementation)
         for i, layer in enumerate(self.config.layers):
             block = Block(self.config, layer, self.method, self.implementation)
             setattr(self, f"layer_{i}", block)
         self.final_norm = Norm(self.config)
         if not self.config.tie_embeddings:
-            self.head = Embedding(self.config)
+            self.head = Embedding(self.config, self.implementation)
 
     def prefill(
         self, inputs: Inputs, cache: Cache, partition: Partitions | None, all_logits: bool = False

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import native
 from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, Options, bucket, left_padded
 from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
@@ -34,6 +35,9 @@ METHODS: dict[str, Method] = {
     "rescore": RescoreAll(0.5),
     "griffin": Griffin(0.5),
 }
+# The default on one CPU is the kernels, so plain names run on them; these name the other form.
+XLA = tuple(f"{name}/xla" for name in ("dense", "online", "frozen", "rescore", "griffin"))
+METHODS |= {name: METHODS[name.removesuffix("/xla")] for name in XLA}
 NEW = 12
 NEVER = (VOCAB,)  # an end token that is not in the vocabulary
 EVERYTHING = Options(logits=True, record_masks=True)
@@ -42,9 +46,9 @@ PAIRS = [
     (family, name)
     for family in CONFIGS
     for name in METHODS
-    if name not in VARIANTS or family in ("llama", "qwen3")
+    if name not in (*VARIANTS, *XLA) or family in ("llama", "qwen3")
 ]
-PRUNED = [pair for pair in PAIRS if pair[1] != "dense"]
+PRUNED = [pair for pair in PAIRS if not pair[1].startswith("dense")]
 REPLAYED = [pair for pair in PRUNED if pair[0] == "llama" or pair[1] == "online"]
 MASKED = [pair for pair in PAIRS if pair[1] in ("online", "rescore")]
 
@@ -59,7 +63,10 @@ params_of = functools.cache(lambda family: random_params(config_of(family)))
 
 
 def request(name: str, **changes: Any) -> Request:
-    base = Request(PROMPTS, NEW, method=METHODS[name], eos_ids=NEVER, options=EVERYTHING)
+    options = EVERYTHING
+    if name in XLA:
+        options = dataclasses.replace(options, implementation="xla")
+    base = Request(PROMPTS, NEW, method=METHODS[name], eos_ids=NEVER, options=options)
     return dataclasses.replace(base, **changes)
 
 
@@ -93,11 +100,23 @@ def assert_same_run(family: str, result: RunResult, wanted: RunResult, rows: Any
             assert (mask == other[:, rows]).all()
 
 
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_runs_are_computed_as_asked(family: str, name: str) -> None:
+    assert native.available(), native.status().reason
+    assert reference(family, name).implementation == ("xla" if name in XLA else "auto")
+
+
+@pytest.mark.parametrize(("family", "name"), [pair for pair in PAIRS if pair[1] in XLA])
+def test_the_kernels_agree_with_xla(family: str, name: str) -> None:
+    kernels = reference(family, name.removesuffix("/xla"))
+    assert_same_run(family, reference(family, name), kernels)
+
+
 @pytest.mark.parametrize(("family", "name"), PRUNED)
 def test_pruning_nothing_is_dense_bit_for_bit(family: str, name: str) -> None:
     everything = dataclasses.replace(METHODS[name], ratio=0.0)  # type: ignore[call-arg]
     result = ran(family, request(name, method=everything))
-    dense = reference(family, "dense")
+    dense = reference(family, "dense/xla" if name in XLA else "dense")
     assert (logits_of(result) == logits_of(dense)).all()
     assert (result.tokens == dense.tokens).all()
     assert result.packed_bytes == 0
@@ -202,7 +221,7 @@ def test_a_second_prompt_of_a_bucket_compiles_nothing(family: str, name: str) ->
 
 @pytest.mark.parametrize(("family", "name"), [("llama", "rescore"), ("qwen3", "online")])
 def test_gathering_chosen_rows_agrees_with_masking(family: str, name: str) -> None:
-    options = dataclasses.replace(EVERYTHING, implementation="gathered")
+    options = dataclasses.replace(EVERYTHING, implementation="xla_gathered")
     assert_same_run(family, ran(family, request(name, options=options)), reference(family, name))
 
 

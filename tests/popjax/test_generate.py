@@ -218,9 +218,9 @@ GOOD = Request(PROMPTS, 8, method=OnlinePruning(ratio=0.5))
             {
                 "partition": tuple(parts(k_selected=3)),
                 "masks": masks(),
-                "options": Options(implementation="gathered"),
+                "options": Options(implementation="xla_gathered"),
             },
-            r"\[28\] channels on, 'gathered' needs 23",
+            r"\[28\] channels on, 'xla_gathered' needs 23",
         ),
     ],
 )

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.masked_mlp import choose
+from kernels_pallas.masked_mlp.selection import scores as step_scores
 from popjax.families import model_config
 from popjax.generate import Options
 from popjax.methods import (
@@ -21,7 +23,7 @@ from popjax.methods import (
     method_name,
     method_named,
 )
-from popjax.methods.scores import channel_scores, step_scores
+from popjax.methods.scores import channel_scores
 from popjax.packing import down_norms
 from popjax.run import Request, RunResult, run
 from popjax.sparsity import ChannelBudget, ChannelPartition, partition_by_rank
@@ -156,8 +158,9 @@ def test_step_score_does_not_depend_on_how_a_channel_is_scaled() -> None:
             candidate_norm=down_norms(params["down"])[candidate],
             k_selected=5,
         )
-        h = acts(params).channels()
-        scores.append(np.asarray(step_scores(h, part, weighted=True, shared=False)))
+        selection = part.selection()
+        assert selection is not None
+        scores.append(np.asarray(step_scores(acts(params).channels(), selection)))
     assert (scores[0] == scores[1]).all()
 
 
@@ -173,7 +176,9 @@ def step(shared: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, OnlinePrunin
         packed=True,
     )
     method = OnlinePruning(ratio=0.5, batch_shared=shared)
-    return h, norms, np.asarray(method.mask(jnp.asarray(h), part)), method, part
+    selection = method.selection(part)
+    assert selection is not None
+    return h, norms, np.asarray(choose(jnp.asarray(h), selection)), method, part
 
 
 def test_step_mask_keeps_r_and_the_best_candidates_of_each_token() -> None:

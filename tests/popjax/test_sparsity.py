@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels_pallas.masked_mlp import Selection, choose, select_top
 from popjax.families import model_config
 from popjax.sparsity import (
     ChannelBudget,
@@ -22,7 +23,6 @@ from popjax.sparsity import (
     ffn_ratio,
     partition_by_rank,
     rounded,
-    select_top,
 )
 from tests.popjax.published_models import FFN_RATIOS, LLAMA_2_7B
 from tests.popjax.tiny_models import CONFIGS
@@ -179,12 +179,18 @@ def test_a_partition_speaks_of_its_own_sets() -> None:
     assert part.kept_mask(6).tolist() == [True, True, False, True, True, False]
 
 
-def test_candidates_and_masks_in_packed_and_in_channel_order() -> None:
+def test_a_selection_knows_where_the_candidates_are() -> None:
     h = jnp.arange(5.0)[None, None, :]
-    chosen = jnp.array([[[False, True]]])
     whole = partition([0, 2, 4], [1, 3], 1)  # unpacked: every channel is evaluated
-    assert whole.candidates_of(h).tolist() == [[[1.0, 3.0]]]
-    assert whole.with_retained(chosen).tolist() == [[[True, False, True, True, True]]]
+    assert choose(h, chosen(whole)).tolist() == [[[True, False, True, True, True]]]
     packed = dataclasses.replace(whole, packed=True)
-    assert packed.candidates_of(h).tolist() == [[[3.0, 4.0]]]
-    assert packed.with_retained(chosen).tolist() == [[[True, True, True, False, True]]]
+    assert choose(h, chosen(packed)).tolist() == [[[True, True, True, False, True]]]
+    assert partition([0], [1, 2], 2).selection() is None
+    with pytest.raises(ValueError, match="pack\\(\\) the partition first"):
+        whole.selection()
+
+
+def chosen(part: ChannelPartition) -> Selection:
+    selection = part.selection(weighted=False)
+    assert selection is not None
+    return selection

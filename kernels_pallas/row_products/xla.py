@@ -1,4 +1,4 @@
-"""The two products with a channel-major matrix, in the form each platform runs best.
+"""The two products with a channel-major matrix through XLA, in the form each platform runs best.
 
     expand:   h [..., F] = x [..., D] w^T       contract: y [..., D] = h [..., F] w       w [F, D]
 
@@ -17,10 +17,12 @@ _LARGE_BYTES = 2**23
 _MOST_BLOCKS = 8
 
 
-def expand(x: jax.Array, w: jax.Array) -> jax.Array:
-    """h [..., F] = x w^T for x [..., D] and w [F, D]."""
+def expand(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """h [..., F] = x w^T for x [..., D] and w [F, D], in `dtype` (that of x)."""
     if _blocks(x, w) == 1:
-        return _expand_plain(x, w)
+        return _expand_plain(x, w, dtype)
+    if dtype not in (None, x.dtype):
+        return expand(x.astype(dtype), w.astype(dtype))
     return jax.lax.platform_dependent(x, w, cpu=_expand_blocks, default=_expand_plain)
 
 
@@ -38,10 +40,10 @@ def _blocks(vector: jax.Array, w: jax.Array) -> int:
     return next((n for n in range(2, _MOST_BLOCKS + 1) if w.shape[0] % n == 0), 1)
 
 
-def _expand_plain(x: jax.Array, w: jax.Array) -> jax.Array:
+def _expand_plain(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     # Contracting the last axes of both operands: the transposed form `x @ w.T` runs ten times
     # slower on the CPU backend of jax 0.12.
-    return jnp.einsum("...D,FD->...F", x, w)
+    return jnp.einsum("...D,FD->...F", x, w, preferred_element_type=dtype)
 
 
 def _contract_plain(h: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,0 +1,303 @@
+// The feed-forward layer of a decode step in one call: evaluate, score, choose, project.
+//
+//   h = act(x gate^T) * (x up^T)      y = (h * mask) down      mask: R always, of C the chosen
+//
+// What is chosen from decides what is read. From the product: gate and up of all rows, down of the
+// chosen. From the gate alone: gate of all rows, up and down of the chosen. Given from outside: the
+// chosen rows of all three. A row that no vector of the batch uses is not read.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "native/buffers.h"
+#include "native/rows.h"
+#include "native/select.h"
+#include "native/sums.h"
+#include "native/team.h"
+
+namespace popjax {
+namespace {
+
+// In the order of masked_mlp/native.py.
+enum class Activation : int32_t { kSilu, kGeluTanh, kGelu, kRelu };
+enum class Point : int32_t { kAll, kProduct, kGate, kGiven };
+
+POPJAX_INLINE float activated(float g, Activation kind) {
+  switch (kind) {
+    case Activation::kSilu:
+      return g / (1.0f + std::exp(-g));
+    case Activation::kGeluTanh:
+      return 0.5f * g * (1.0f + std::tanh(0.7978845608f * (g + 0.044715f * g * g * g)));
+    case Activation::kGelu:
+      return 0.5f * g * (1.0f + std::erf(g * 0.70710678118f));
+    default:
+      return g > 0.0f ? g : 0.0f;
+  }
+}
+
+struct Call {
+  int64_t vectors, channels, width;  // N, F, D
+  Activation activation;
+  Point point;
+  bool shared;  // one mask for all vectors
+  int64_t keep;
+  std::vector<int64_t> candidates;
+  const float* weight;     // [C] or null
+  const float* threshold;  // [C] or null: chosen by score > threshold instead of by rank
+  const uint8_t* given;    // [1 or N, F] or null
+  int64_t given_rows;
+  uint8_t* mask;  // [1 or N, F], a result
+
+  int64_t mask_rows() const { return shared ? 1 : vectors; }
+  const uint8_t* mask_of(int64_t v) const { return mask + (shared ? 0 : v) * channels; }
+  bool used(int64_t channel) const {
+    for (int64_t m = 0; m < mask_rows(); ++m) {
+      if (mask[m * channels + channel]) return true;
+    }
+    return false;
+  }
+};
+
+// Channels first .. end - 1 that some vector uses.
+std::vector<int64_t> used_rows(const Call& call, int64_t first, int64_t end) {
+  std::vector<int64_t> rows;
+  rows.reserve(end - first);
+  for (int64_t i = first; i < end; ++i) {
+    if (call.used(i)) rows.push_back(i);
+  }
+  return rows;
+}
+
+// Runs body(first, end) over pieces of the channels that suit independent rows.
+template <typename Body>
+void over_channels(const Call& call, Team& team, const Body& body) {
+  const int64_t step = rows_a_piece(call.channels, call.width);
+  team.run((call.channels + step - 1) / step,
+           [&](int64_t piece) { body(piece * step, std::min((piece + 1) * step, call.channels)); });
+}
+
+// Dot products of rows `rows` with every vector, [rows, N].
+template <typename W>
+std::vector<float> dots(const W& w, const std::vector<int64_t>& rows, const float* x, int64_t n) {
+  std::vector<float> out(rows.size() * n);
+  dot_rows(w, rows.data(), static_cast<int64_t>(rows.size()), x, n, out.data(), n, 1);
+  return out;
+}
+
+// h [F, N] = act(gate) * up of the rows in use, or with gate_only the activated gate alone.
+template <typename G, typename U>
+void evaluate(const Call& call, const G& gate, const U& up, const float* x, bool gate_only,
+              float* h, Team& team) {
+  const int64_t n = call.vectors;
+  over_channels(call, team, [&](int64_t first, int64_t end) {
+    const auto rows = used_rows(call, first, end);
+    const auto g = dots(gate, rows, x, n);
+    const auto u = gate_only ? std::vector<float>() : dots(up, rows, x, n);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      for (int64_t v = 0; v < n; ++v) {
+        const float a = activated(g[i * n + v], call.activation);
+        h[rows[i] * n + v] = gate_only ? a : a * u[i * n + v];
+      }
+    }
+  });
+}
+
+// h [F, N], the activated gate, times up of the rows in use.
+template <typename U>
+void multiply_up(const Call& call, const U& up, const float* x, float* h, Team& team) {
+  const int64_t n = call.vectors;
+  over_channels(call, team, [&](int64_t first, int64_t end) {
+    const auto rows = used_rows(call, first, end);
+    const auto u = dots(up, rows, x, n);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      for (int64_t v = 0; v < n; ++v) h[rows[i] * n + v] *= u[i * n + v];
+    }
+  });
+}
+
+// Scores |h| weight of the candidates for one mask row; a shared one takes the norm over vectors.
+void score(const Call& call, const float* h, int64_t row, std::vector<float>& scores) {
+  const int64_t n = call.vectors;
+  for (size_t c = 0; c < scores.size(); ++c) {
+    const float* values = h + call.candidates[c] * n;
+    float size = std::fabs(values[row]);
+    if (call.shared) {
+      float squares = 0;
+      for (int64_t v = 0; v < n; ++v) squares += values[v] * values[v];
+      size = std::sqrt(squares);
+    }
+    scores[c] = call.weight != nullptr ? size * call.weight[c] : size;
+  }
+}
+
+void choose(const Call& call, const float* h, Team& team) {
+  team.run(call.mask_rows(), [&](int64_t row) {
+    std::vector<float> scores(call.candidates.size());
+    score(call, h, row, scores);
+    std::vector<uint8_t> chosen(scores.size());
+    if (call.threshold != nullptr) {
+      for (size_t c = 0; c < scores.size(); ++c) chosen[c] = scores[c] > call.threshold[c];
+    } else {
+      select_top(scores.data(), static_cast<int64_t>(scores.size()), call.keep, chosen.data());
+    }
+    uint8_t* mask = call.mask + row * call.channels;
+    for (size_t c = 0; c < scores.size(); ++c) mask[call.candidates[c]] = chosen[c];
+  });
+}
+
+template <typename W>
+void project(const Call& call, const W& down, const float* h, float* y, Team& team) {
+  const int64_t n = call.vectors;
+  const PartialSums partial(call.channels, n, call.width);
+  team.run(partial.pieces(), [&](int64_t piece) {
+    const auto rows = used_rows(call, partial.begin(piece), partial.begin(piece + 1));
+    std::vector<float> masked(rows.size() * n);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      for (int64_t v = 0; v < n; ++v) {
+        masked[i * n + v] = call.mask_of(v)[rows[i]] ? h[rows[i] * n + v] : 0.0f;
+      }
+    }
+    float* out = partial.cleared(piece, 0, n);
+    add_rows(down, rows.data(), static_cast<int64_t>(rows.size()), masked.data(), n, 1, n, out);
+  });
+  partial.add_up(y, team);
+}
+
+template <typename W>
+void mlp(const Call& call, const W& gate, const W& up, const W& down, const float* x, float* y,
+         Team& team) {
+  std::unique_ptr<float[]> h(new float[call.channels * call.vectors]);
+  evaluate(call, gate, up, x, call.point == Point::kGate, h.get(), team);
+  if (call.point == Point::kProduct || call.point == Point::kGate) choose(call, h.get(), team);
+  if (call.point == Point::kGate) multiply_up(call, up, x, h.get(), team);
+  project(call, down, h.get(), y, team);
+}
+
+ffi::Error read_call(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
+                     const ffi::AnyBuffer& candidate, const ffi::AnyBuffer& weight,
+                     const ffi::AnyBuffer& threshold, const ffi::AnyBuffer& given, int32_t point,
+                     int32_t activation, int64_t keep, ffi::AnyBuffer& mask, Call& call) {
+  call.vectors = dim(x, 0), call.width = dim(x, 1), call.channels = dim(gate, 0);
+  call.activation = static_cast<Activation>(activation);
+  call.point = static_cast<Point>(point);
+  call.keep = keep;
+  call.mask = static_cast<uint8_t*>(mask.untyped_data());
+  call.shared = dim(mask, 0) == 1;
+  const int64_t size = candidate.element_count();
+  const auto* index = static_cast<const int32_t*>(candidate.untyped_data());
+  call.candidates.assign(index, index + size);
+  std::vector<uint8_t> seen(call.channels);
+  for (const int64_t c : call.candidates) {
+    if (c < 0 || c >= call.channels) {
+      return invalid("candidate " + std::to_string(c) + " is outside 0.." +
+                     std::to_string(call.channels - 1));
+    }
+    if (seen[c]++) return invalid("candidate " + std::to_string(c) + " is named twice");
+  }
+  for (const auto* each : {&weight, &threshold}) {
+    const int64_t count = each->element_count();
+    if (each->element_type() != ffi::F32 || (count != 0 && count != size)) {
+      return invalid("give each candidate a float32 weight or threshold, or none of them");
+    }
+  }
+  const auto optional = [](const ffi::AnyBuffer& b) {
+    return b.element_count() > 0 ? static_cast<const float*>(b.untyped_data()) : nullptr;
+  };
+  call.weight = optional(weight);
+  call.threshold = optional(threshold);
+  const int64_t cells = call.mask_rows() * call.channels;
+  if (call.point == Point::kGiven) {
+    if (given.element_type() != ffi::PRED || static_cast<int64_t>(given.element_count()) != cells) {
+      return invalid("a given mask is boolean, one row for all vectors or one for each");
+    }
+    const auto* from = static_cast<const uint8_t*>(given.untyped_data());
+    std::copy(from, from + cells, call.mask);
+  } else {
+    std::fill(call.mask, call.mask + cells, uint8_t{1});
+  }
+  if (call.keep < 0 || call.keep > size) return invalid("more candidates to keep than there are");
+  return ffi::Error::Success();
+}
+
+bool alike(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
+  return a.element_type() == b.element_type() && a.element_count() == b.element_count();
+}
+
+ffi::Error masked_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
+                      ffi::AnyBuffer up, ffi::AnyBuffer down, ffi::RemainingArgs more,
+                      ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mask,
+                      int32_t point, int32_t activation, int64_t keep) {
+  // candidate [C], weight [C], threshold [C], given [M, F], then the scales of gate, up and down.
+  std::vector<ffi::AnyBuffer> rest;
+  for (size_t i = 0; i < 7; ++i) {
+    auto buffer = more.get<ffi::AnyBuffer>(i);
+    if (buffer.has_error()) return buffer.error();
+    rest.push_back(*buffer);
+  }
+  if (!is_activation(x) || !is_activation(*y)) return invalid("x is not float32 or bfloat16");
+  if (!alike(gate, up) || !alike(gate, down) || !alike(rest[4], rest[5]) ||
+      !alike(rest[4], rest[6])) {
+    return invalid("gate, up and down need one shape, one dtype and one group size");
+  }
+  Call call;
+  if (auto error = read_call(x, gate, rest[0], rest[1], rest[2], rest[3], point, activation, keep,
+                             *mask, call);
+      error.failure()) {
+    return error;
+  }
+  const Activations in(x);
+  Result out(*y);
+  Team team(pool, kPieces);
+  return with_rows(gate, rest[4], call.width, [&](auto g) {
+    auto u = g, d = g;
+    u.data = static_cast<decltype(u.data)>(up.untyped_data());
+    d.data = static_cast<decltype(d.data)>(down.untyped_data());
+    set_scales(u, rest[5]);
+    set_scales(d, rest[6]);
+    mlp(call, g, u, d, in.data(), out.data(), team);
+    out.store();
+    return ffi::Error::Success();
+  });
+}
+
+// Masks of the `keep` largest of each row of scores [N, C], ties to the lower index.
+ffi::Error top(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores,
+               ffi::Result<ffi::Buffer<ffi::PRED>> mask, int64_t keep) {
+  const int64_t rows = scores.dimensions()[0], size = scores.dimensions()[1];
+  if (keep < 0 || keep > size) return invalid("more to keep than there are");
+  Team team(pool, rows);
+  team.run(rows, [&](int64_t row) {
+    select_top(scores.typed_data() + row * size, size, keep,
+               reinterpret_cast<uint8_t*>(mask->typed_data()) + row * size);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(popjax_masked_mlp, masked_mlp,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int32_t>("point")
+                                  .Attr<int32_t>("activation")
+                                  .Attr<int64_t>("keep"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(popjax_top, top,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::PRED>>()
+                                  .Attr<int64_t>("keep"));
+
+}  // namespace popjax

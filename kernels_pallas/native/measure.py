@@ -1,0 +1,107 @@
+"""Measure this machine: bandwidth of plain reading, and the costs that forms are chosen by.
+
+Interleaved and taken as medians, since machines are shared. Weights exceed the caches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import native
+from kernels_pallas.native.cost import DTYPES, FEW, FORMS, MANY, OPERATIONS, Costs, Line
+from kernels_pallas.row_products import contract, contract_rows, expand, expand_rows
+
+# Eight matrices of 32 MB in float32: more than most last-level caches, done in a few milliseconds.
+_MATRICES, _ROWS, _WIDTH = 8, 4096, 2048
+_ROUNDS = 5
+# As of CHESS and RescoreAll: rows scattered over the matrix.
+SCATTERED = 0.4
+
+
+def seconds(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
+    """Median seconds of each call, taken in turns after one warm-up."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    taken: dict[Any, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            taken[key].append(time.perf_counter() - started)
+    return {key: statistics.median(times) for key, times in taken.items()}
+
+
+def read_bandwidth(rounds: int = 9) -> float:
+    """Bytes a second at which all threads read one large array, best of `rounds`."""
+    data = jnp.ones((2**26,), jnp.float32)
+    (total,) = native.call("popjax_read", [jax.ShapeDtypeStruct((1,), jnp.float32)], data)
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        (total,) = native.call("popjax_read", [jax.ShapeDtypeStruct((1,), jnp.float32)], data)
+        jax.block_until_ready(total)
+        best = min(best, time.perf_counter() - started)
+    return data.nbytes / best
+
+
+def measured_costs(rounds: int = _ROUNDS) -> Costs:
+    """Seconds a weight of every operation, form and dtype, as `cost.prefers_native` weighs them."""
+    found: dict[tuple[str, str, str], Line] = {}
+    weights = _MATRICES * _ROWS * _WIDTH
+    for dtype in DTYPES:
+        calls = {}
+        matrices = _matrices(dtype)
+        for operation in OPERATIONS:
+            for form in FORMS:
+                for vectors in (1, FEW, MANY):
+                    call = _product(operation, form, vectors, dtype, matrices)
+                    calls[operation, form, vectors] = call
+        taken = seconds(calls, rounds)
+        for operation in OPERATIONS:
+            for form in FORMS:
+                times = (taken[operation, form, n] / weights for n in (1, FEW, MANY))
+                found[operation, form, dtype] = Line(*times)
+    return found
+
+
+def scattered_bandwidth(rounds: int = _ROUNDS) -> dict[str, float]:
+    """Bytes a second of reading the share SCATTERED of the rows by index, an operation each."""
+    matrices = _matrices("float32")
+    rng = np.random.default_rng(0)
+    count = int(SCATTERED * _ROWS)
+    rows = [jnp.asarray(np.sort(rng.permutation(_ROWS)[:count])[None], jnp.int32) for _ in matrices]
+    x, h = jnp.ones((1, _WIDTH)), jnp.ones((1, count))
+    up = jax.jit(
+        lambda x, ws, rs: [
+            expand_rows(x, w, r, implementation="native") for w, r in zip(ws, rs, strict=True)
+        ]
+    )
+    down = jax.jit(
+        lambda h, ws, rs: [
+            contract_rows(h, w, r, implementation="native") for w, r in zip(ws, rs, strict=True)
+        ]
+    )
+    calls = {"expand": lambda: up(x, matrices, rows), "contract": lambda: down(h, matrices, rows)}
+    read = len(matrices) * count * _WIDTH * 4
+    return {str(name): read / took for name, took in seconds(calls, rounds).items()}
+
+
+def _matrices(dtype: str) -> list[jax.Array]:
+    return [jnp.full((_ROWS, _WIDTH), 0.01, jnp.dtype(dtype)) for _ in range(_MATRICES)]
+
+
+def _product(
+    operation: str, form: str, vectors: int, dtype: str, matrices: list[jax.Array]
+) -> Callable[[], object]:
+    product = {"expand": expand, "contract": contract}[operation]
+    size = _WIDTH if operation == "expand" else _ROWS
+    x = jnp.ones((vectors, size), jnp.dtype(dtype))
+    call = jax.jit(lambda x, ws: [product(x, w, form) for w in ws])
+    return lambda: call(x, matrices)

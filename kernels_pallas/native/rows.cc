@@ -1,0 +1,241 @@
+// The inner loops of every CPU kernel, in registers, compiled once for each instruction set.
+
+#include "native/rows.h"
+
+#include <algorithm>
+
+#include "native/isa.h"
+
+namespace popjax {
+namespace {
+
+constexpr int kVectors = 4;  // vectors worked at once
+// Rows worked at once, where they are scattered or several vectors share them; the next ones are
+// asked for meanwhile, since hardware does not foresee a jump. For one vector, rows that follow
+// each other are worked one by one: a single stream of memory is what hardware fetches ahead best.
+constexpr int kRows = 4;
+// Columns of the sums worked at once for several vectors: those of sixteen fit the first cache.
+constexpr int64_t kTile = 256;
+
+// out[r * row_stride + v * vector_stride] = row rows[r] . x[v], for R rows and V vectors.
+template <int N, int R, int V, bool Ahead, typename W>
+POPJAX_INLINE void dot_block(const W& w, const int64_t* rows, const int64_t* next, const float* x,
+                             float* out, int64_t row_stride, int64_t vector_stride) {
+  Lanes<N> sums[R][V];
+  POPJAX_UNROLL
+  for (int r = 0; r < R; ++r) {
+    POPJAX_UNROLL
+    for (int v = 0; v < V; ++v) sums[r][v] = Lanes<N>::zero();
+  }
+  const int64_t whole = w.width / kLanes * kLanes;
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    Lanes<N> weights[R];
+    POPJAX_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (Ahead) __builtin_prefetch(w.place(next[r], d));
+      weights[r] = w.template lanes<N>(rows[r], d);
+    }
+    POPJAX_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const auto xs = Lanes<N>::load(x + v * w.width + d);
+      POPJAX_UNROLL
+      for (int r = 0; r < R; ++r) sums[r][v].add_product(weights[r], xs);
+    }
+  }
+  POPJAX_UNROLL
+  for (int r = 0; r < R; ++r) {
+    POPJAX_UNROLL
+    for (int v = 0; v < V; ++v) {
+      float rest = 0;
+      for (int64_t d = whole; d < w.width; ++d) rest += w.one(rows[r], d) * x[v * w.width + d];
+      out[r * row_stride + v * vector_stride] = sums[r][v].sum() + rest;
+    }
+  }
+}
+
+// The same for any number of vectors; the first ones ask for the rows after these.
+template <int N, int R, bool Ahead, typename W>
+POPJAX_INLINE void dot_vectors(const W& w, const int64_t* rows, const int64_t* next, const float* x,
+                               int64_t vectors, float* out, int64_t row_stride,
+                               int64_t vector_stride) {
+  int64_t v = 0;
+  for (; v + kVectors <= vectors; v += kVectors) {
+    dot_block<N, R, kVectors, Ahead>(w, rows, next, x + v * w.width, out + v * vector_stride,
+                                     row_stride, vector_stride);
+  }
+  for (; v < vectors; ++v) {
+    dot_block<N, R, 1, Ahead>(w, rows, next, x + v * w.width, out + v * vector_stride, row_stride,
+                              vector_stride);
+  }
+}
+
+// Columns first .. end - 1 of the sums.
+struct Columns {
+  int64_t first, end;
+};
+
+// y[v] += sum over R rows of h[r * row_stride + v * vector_stride] * row rows[r].
+template <int N, int R, int V, bool Ahead, typename W>
+POPJAX_INLINE void add_block(const W& w, const int64_t* rows, const int64_t* next, const float* h,
+                             int64_t row_stride, int64_t vector_stride, Columns columns, float* y) {
+  const int64_t whole = columns.end / kLanes * kLanes;
+  for (int64_t d = columns.first; d < whole; d += kLanes) {
+    Lanes<N> weights[R];
+    POPJAX_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (Ahead) __builtin_prefetch(w.place(next[r], d));
+      weights[r] = w.template lanes<N>(rows[r], d);
+    }
+    POPJAX_UNROLL
+    for (int v = 0; v < V; ++v) {
+      auto sums = Lanes<N>::load(y + v * w.width + d);
+      POPJAX_UNROLL
+      for (int r = 0; r < R; ++r) {
+        sums.add_product(weights[r], h[r * row_stride + v * vector_stride]);
+      }
+      sums.store(y + v * w.width + d);
+    }
+  }
+  for (int64_t d = whole; d < columns.end; ++d) {
+    for (int v = 0; v < V; ++v) {
+      for (int r = 0; r < R; ++r) {
+        y[v * w.width + d] += w.one(rows[r], d) * h[r * row_stride + v * vector_stride];
+      }
+    }
+  }
+}
+
+template <int N, int R, bool Ahead, typename W>
+POPJAX_INLINE void add_vectors(const W& w, const int64_t* rows, const int64_t* next, const float* h,
+                               int64_t row_stride, int64_t vector_stride, int64_t vectors,
+                               Columns columns, float* y) {
+  int64_t v = 0;
+  for (; v + kVectors <= vectors; v += kVectors) {
+    add_block<N, R, kVectors, Ahead>(w, rows, next, h + v * vector_stride, row_stride,
+                                     vector_stride, columns, y + v * w.width);
+  }
+  for (; v < vectors; ++v) {
+    add_block<N, R, 1, Ahead>(w, rows, next, h + v * vector_stride, row_stride, vector_stride,
+                              columns, y + v * w.width);
+  }
+}
+
+// Cuts a list of rows into groups: body.together(i, next) works kRows of them from i on, asking for
+// the rows at `next` where they are not simply the following ones; body.single(i) works one.
+template <typename Body>
+POPJAX_INLINE void in_groups(const int64_t* rows, int64_t count, int64_t vectors,
+                             const Body& body) {
+  for (int64_t i = 0; i < count;) {
+    if (i + kRows > count || (vectors == 1 && rows[i + kRows - 1] - rows[i] == kRows - 1)) {
+      body.single(i++);
+      continue;
+    }
+    const int64_t next = i + 2 * kRows <= count ? i + kRows : i;
+    body.together(i, rows + next);
+    i += kRows;
+  }
+}
+
+template <int N, typename W>
+struct Dots {
+  const W& w;
+  const int64_t* rows;
+  const float* x;
+  int64_t vectors;
+  float* out;
+  int64_t row_stride, vector_stride;
+
+  POPJAX_INLINE void together(int64_t i, const int64_t* next) const {
+    dot_vectors<N, kRows, true>(w, rows + i, next, x, vectors, out + i * row_stride, row_stride,
+                                vector_stride);
+  }
+  POPJAX_INLINE void single(int64_t i) const {
+    dot_vectors<N, 1, false>(w, rows + i, nullptr, x, vectors, out + i * row_stride, row_stride,
+                             vector_stride);
+  }
+};
+
+template <int N, typename W>
+struct Sums {
+  const W& w;
+  const int64_t* rows;
+  const float* h;
+  int64_t row_stride, vector_stride, vectors;
+  Columns columns;
+  float* y;
+
+  POPJAX_INLINE void together(int64_t i, const int64_t* next) const {
+    add_vectors<N, kRows, true>(w, rows + i, next, h + i * row_stride, row_stride, vector_stride,
+                                vectors, columns, y);
+  }
+  POPJAX_INLINE void single(int64_t i) const {
+    add_vectors<N, 1, false>(w, rows + i, nullptr, h + i * row_stride, row_stride, vector_stride,
+                             vectors, columns, y);
+  }
+};
+
+}  // namespace
+
+template <typename W>
+void dot_rows(const W& w, const int64_t* rows, int64_t count, const float* x, int64_t vectors,
+              float* out, int64_t row_stride, int64_t vector_stride) {
+  versioned([&](auto n) __attribute__((always_inline)) {
+    const Dots<n, W> body{w, rows, x, vectors, out, row_stride, vector_stride};
+    in_groups(rows, count, vectors, body);
+  });
+}
+
+template <typename W>
+void add_rows(const W& w, const int64_t* rows, int64_t count, const float* h, int64_t row_stride,
+              int64_t vector_stride, int64_t vectors, float* y) {
+  versioned([&](auto n) __attribute__((always_inline)) {
+    const int64_t tile = vectors > 1 ? kTile : w.width;
+    for (int64_t first = 0; first < w.width; first += tile) {
+      const Columns columns{first, std::min(first + tile, w.width)};
+      const Sums<n, W> body{w, rows, h, row_stride, vector_stride, vectors, columns, y};
+      in_groups(rows, count, vectors, body);
+    }
+  });
+}
+
+float sum_of(const float* data, int64_t size) {
+  float total = 0;
+  versioned([&](auto n) __attribute__((always_inline)) {
+    constexpr int64_t kChains = 4, kStep = kChains * kLanes;
+    Lanes<n> sums[kChains];
+    for (auto& sum : sums) sum = Lanes<n>::zero();
+    const int64_t whole = size / kStep * kStep;
+    for (int64_t i = 0; i < whole; i += kStep) {
+      POPJAX_UNROLL
+      for (int c = 0; c < kChains; ++c) {
+        sums[c].add_product(Lanes<n>::load(data + i + c * kLanes), 1.0f);
+      }
+    }
+    for (const auto& sum : sums) total += sum.sum();
+    for (int64_t i = whole; i < size; ++i) total += data[i];
+  });
+  return total;
+}
+
+#define POPJAX_ROWS(W)                                                                      \
+  template void dot_rows(const W&, const int64_t*, int64_t, const float*, int64_t, float*,  \
+                         int64_t, int64_t);                                                 \
+  template void add_rows(const W&, const int64_t*, int64_t, const float*, int64_t, int64_t, \
+                         int64_t, float*);
+POPJAX_ROWS(F32Rows)
+POPJAX_ROWS(Bf16Rows)
+POPJAX_ROWS(Int8Rows)
+POPJAX_ROWS(Int4Rows)
+
+}  // namespace popjax
+
+extern "C" const char* popjax_instruction_set() {
+  switch (popjax::isa()) {
+    case popjax::Isa::kAvx512:
+      return "AVX-512";
+    case popjax::Isa::kAvx2:
+      return "AVX2";
+    default:
+      return "the compiler's baseline";
+  }
+}

@@ -1,0 +1,203 @@
+// Matrices by rows, in the dtypes that weights are stored in, and the two products of chosen rows
+// with a few vectors. The loops are in rows.cc.
+//
+// For one row and one vector the order of additions is fixed: it depends neither on how many rows
+// or vectors are worked at once nor on threads. So a batch equals its rows bit for bit.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define POPJAX_INLINE inline __attribute__((always_inline))
+// Blocks of rows and vectors are unrolled whole, so that their sums stay in registers.
+#if defined(__clang__)
+#define POPJAX_UNROLL _Pragma("unroll")
+#else
+#define POPJAX_UNROLL _Pragma("GCC unroll 4")
+#endif
+
+namespace popjax {
+
+constexpr int64_t kLanes = 16;  // weights worked at once
+
+template <typename T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <typename T, int N>
+using Vector = typename VectorOf<T, N>::type;
+
+template <typename V>
+POPJAX_INLINE V loaded(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+// kLanes floats as vectors of N, the width of the instruction set: one of 16, two of 8, ...
+template <int N>
+struct Lanes {
+  static constexpr int kParts = kLanes / N;
+  Vector<float, N> part[kParts];
+
+  POPJAX_INLINE static Lanes zero() {
+    Lanes out;
+    POPJAX_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = Vector<float, N>{};
+    return out;
+  }
+  POPJAX_INLINE static Lanes load(const float* from) {
+    Lanes out;
+    POPJAX_UNROLL
+    for (int i = 0; i < kParts; ++i) out.part[i] = loaded<Vector<float, N>>(from + i * N);
+    return out;
+  }
+  POPJAX_INLINE void store(float* to) const {
+    POPJAX_UNROLL
+    for (int i = 0; i < kParts; ++i) std::memcpy(to + i * N, &part[i], sizeof(part[i]));
+  }
+  POPJAX_INLINE void add_product(const Lanes& a, const Lanes& b) {
+    POPJAX_UNROLL
+    for (int i = 0; i < kParts; ++i) part[i] += a.part[i] * b.part[i];
+  }
+  POPJAX_INLINE void add_product(const Lanes& a, float b) {
+    POPJAX_UNROLL
+    for (int i = 0; i < kParts; ++i) part[i] += a.part[i] * b;
+  }
+  POPJAX_INLINE float sum() const {
+    float total[kLanes];
+    store(total);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) total[i] += total[i + half];
+    }
+    return total[0];
+  }
+};
+
+POPJAX_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+POPJAX_INLINE float from_bf16(uint16_t bits) {
+  return bits_to_float(uint32_t{bits} << 16);
+}
+
+// Round to nearest, ties to even, as XLA does; NaN stays NaN.
+POPJAX_INLINE uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The matrices: rows of `width` weights, read as float32, kLanes at a time or one.
+
+struct F32Rows {
+  const float* data;
+  int64_t width;
+  template <int N>
+  POPJAX_INLINE Lanes<N> lanes(int64_t row, int64_t at) const {
+    return Lanes<N>::load(data + row * width + at);
+  }
+  POPJAX_INLINE const void* place(int64_t row, int64_t at) const { return data + row * width + at; }
+  POPJAX_INLINE float one(int64_t row, int64_t at) const { return data[row * width + at]; }
+};
+
+struct Bf16Rows {
+  const uint16_t* data;
+  int64_t width;
+  template <int N>
+  POPJAX_INLINE Lanes<N> lanes(int64_t row, int64_t at) const {
+    Lanes<N> out;
+    POPJAX_UNROLL
+    for (int i = 0; i < Lanes<N>::kParts; ++i) {
+      const auto half = loaded<Vector<uint16_t, N>>(data + row * width + at + i * N);
+      const auto bits = __builtin_convertvector(half, Vector<uint32_t, N>) << 16;
+      out.part[i] = (Vector<float, N>)bits;
+    }
+    return out;
+  }
+  POPJAX_INLINE const void* place(int64_t row, int64_t at) const { return data + row * width + at; }
+  POPJAX_INLINE float one(int64_t row, int64_t at) const {
+    return from_bf16(data[row * width + at]);
+  }
+};
+
+// Through sixteen bits: widening four times at once is not vectorised by every compiler.
+template <int N, typename Byte>
+POPJAX_INLINE Vector<int32_t, N> widened(const Byte* from) {
+  const auto half = __builtin_convertvector(loaded<Vector<Byte, N>>(from), Vector<int16_t, N>);
+  return __builtin_convertvector(half, Vector<int32_t, N>);
+}
+
+// One float32 scale for each group of weights along a row; width is a multiple of the group, and
+// the group a power of two from 32 on.
+struct Int8Rows {
+  const int8_t* data;
+  const float* scales;
+  int64_t width, group_shift;
+  template <int N>
+  POPJAX_INLINE Lanes<N> lanes(int64_t row, int64_t at) const {
+    const int64_t flat = row * width + at;
+    const float scale = scales[flat >> group_shift];
+    Lanes<N> out;
+    POPJAX_UNROLL
+    for (int i = 0; i < Lanes<N>::kParts; ++i) {
+      const auto whole = widened<N>(data + flat + i * N);
+      out.part[i] = __builtin_convertvector(whole, Vector<float, N>) * scale;
+    }
+    return out;
+  }
+  POPJAX_INLINE const void* place(int64_t row, int64_t at) const { return data + row * width + at; }
+  POPJAX_INLINE float one(int64_t row, int64_t at) const {
+    const int64_t flat = row * width + at;
+    return static_cast<float>(data[flat]) * scales[flat >> group_shift];
+  }
+};
+
+// Two weights a byte, each its value + 8: of 32 weights the first half lies in the low bits.
+struct Int4Rows {
+  const uint8_t* data;
+  const float* scales;
+  int64_t width, group_shift;
+  template <int N>
+  POPJAX_INLINE Lanes<N> lanes(int64_t row, int64_t at) const {
+    const int64_t flat = row * width + at;
+    const float scale = scales[flat >> group_shift];
+    const int high = flat % 32 < 16 ? 0 : 4;
+    Lanes<N> out;
+    POPJAX_UNROLL
+    for (int i = 0; i < Lanes<N>::kParts; ++i) {
+      const auto pairs = widened<N>(data + flat / 32 * 16 + i * N);
+      const auto whole = ((pairs >> high) & 15) - 8;
+      out.part[i] = __builtin_convertvector(whole, Vector<float, N>) * scale;
+    }
+    return out;
+  }
+  POPJAX_INLINE const void* place(int64_t row, int64_t at) const {
+    return data + (row * width + at) / 2;
+  }
+  POPJAX_INLINE float one(int64_t row, int64_t at) const {
+    const int64_t flat = row * width + at;
+    const uint8_t byte = data[flat / 32 * 16 + flat % 16];
+    const int value = flat % 32 < 16 ? byte & 15 : byte >> 4;
+    return static_cast<float>(value - 8) * scales[flat >> group_shift];
+  }
+};
+
+// out[i * row_stride + v * vector_stride] = row rows[i] . x[v] of `count` rows.
+template <typename W>
+void dot_rows(const W& w, const int64_t* rows, int64_t count, const float* x, int64_t vectors,
+              float* out, int64_t row_stride, int64_t vector_stride);
+
+// y[v] += sum over i of h[i * row_stride + v * vector_stride] * row rows[i], in the order of i.
+template <typename W>
+void add_rows(const W& w, const int64_t* rows, int64_t count, const float* h, int64_t row_stride,
+              int64_t vector_stride, int64_t vectors, float* y);
+
+// The sum of `size` floats, as fast as they can be read.
+float sum_of(const float* data, int64_t size);
+
+}  // namespace popjax

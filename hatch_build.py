@@ -22,12 +22,13 @@ class CpuKernels(BuildHookInterface):
         if self.target_name != "wheel":
             return
         folder = Path(self.root) / "kernels_pallas" / "native"
-        for stale in folder.glob("popjax_cpu-*.so"):
-            stale.unlink()
         builder = _module(folder / "build.py")
         target = folder / builder.library_name(_jaxlib_version())
+        for stale in set(folder.glob("popjax_cpu-*.so")) - {target}:
+            stale.unlink()
         try:
-            builder.build(target, str(_jaxlib_folder() / "include"))
+            if not target.is_file():  # the name changes with all that goes into it
+                builder.build(target, str(_jaxlib_folder() / "include"))
         except (builder.BuildError, OSError) as error:
             self.app.display_warning(f"popjax goes without its CPU kernels: {error}")
             return

@@ -14,6 +14,8 @@ from flax import struct
 
 from popjax.config import ModelConfig
 
+_BITS = jnp.uint16
+
 
 @struct.dataclass
 class LayerCache:
@@ -47,7 +49,8 @@ def write_layer(layer: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) 
 
     def written(held: jax.Array, new: jax.Array) -> jax.Array:
         lead = held.shape[:-2]
-        new = new.astype(held.dtype).swapaxes(1, 2).reshape(*lead, new.shape[1], new.shape[3])
+        new = _bits(new.astype(jnp.bfloat16)) if held.dtype == _BITS else new.astype(held.dtype)
+        new = new.swapaxes(1, 2).reshape(*lead, new.shape[1], new.shape[3])
         return jax.lax.dynamic_update_slice(held, new, (0,) * len(lead) + (slot, 0))
 
     # Without the barrier XLA's CPU backend may write each array twice, once for the loop and once
@@ -59,20 +62,29 @@ def merged(cache: Cache) -> Cache:
     """The cache with keys and values as [B*K, S, H], the form that a decode loop carries.
 
     In that form the batched products of attention take the carried array itself; from [B, K, S, H]
-    XLA's CPU backend (jax 0.10) copies the whole cache four times a step.
+    XLA's CPU backend (jax 0.10) copies the whole cache four times a step. bfloat16 is carried as
+    its bits, uint16: that backend would convert all of it to float32 and back to write one slot.
     """
-    return _reshaped(cache, lambda x: (x.shape[0] * x.shape[1], *x.shape[2:]))
+    return _reshaped(cache, lambda x: _bits(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])))
 
 
 def split(cache: Cache) -> Cache:
     """Inverse of `merged`."""
     batch = cache.positions.shape[0]
-    return _reshaped(cache, lambda x: (batch, x.shape[0] // batch, *x.shape[1:]))
+    return _reshaped(cache, lambda x: floats(x).reshape(batch, x.shape[0] // batch, *x.shape[1:]))
 
 
-def _reshaped(cache: Cache, shape: Callable[[jax.Array], tuple[int, ...]]) -> Cache:
-    layers = jax.tree.map(lambda x: x.reshape(shape(x)), cache.layers)
-    return Cache(layers, cache.positions, cache.length)
+def floats(x: jax.Array) -> jax.Array:
+    """Keys or values as numbers, where a decode loop carries them as bits."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == _BITS else x
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, _BITS) if x.dtype == jnp.bfloat16 else x
+
+
+def _reshaped(cache: Cache, form: Callable[[jax.Array], jax.Array]) -> Cache:
+    return Cache(jax.tree.map(form, cache.layers), cache.positions, cache.length)
 
 
 def write_positions(cache: Cache, positions: jax.Array) -> jax.Array:

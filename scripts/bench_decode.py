@@ -36,6 +36,7 @@ from popjax.nn.ops import rms_norm
 from popjax.packing import pack
 from popjax.run import Request, run
 from popjax.sparsity import Params, Partitions
+from scripts.bench_llama_cpp import against_llama_cpp
 from scripts.bench_models import (
     DEFAULT,
     RANDOM_1B,
@@ -44,8 +45,9 @@ from scripts.bench_models import (
     named_model,
     random_prompt,
 )
+from scripts.bench_native import bandwidth_section, batch_section, choosing_section
 
-SECTIONS = ("decode", "ffn", "prefill", "memory")
+SECTIONS = ("decode", "ffn", "prefill", "memory", "bandwidth", "batch", "choosing")
 
 
 def torch_step(model: BenchModel) -> Callable[[list[int], int, int], float]:
@@ -85,23 +87,32 @@ def against_torch(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any
     prompt, new = random_prompt(model.config, asked.prompt_tokens), asked.new_tokens
     torch_seconds = torch_step(model)
 
-    def ours() -> float:
-        result = run(model.params, model.config, Request([prompt], new))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+
+    def ours(params: Params) -> float:
+        result = run(params, model.config, Request([prompt], new))
         return result.seconds["decode"] / (new - 1)
 
-    measures = {"popjax": ours}
+    measures = {"popjax": functools.partial(ours, model.params)}
+    measures["popjax, bfloat16"] = functools.partial(ours, half)
     for threads in (1, 2):
         label = f"torch, {threads} thread{'s' if threads > 1 else ''}"
         measures[label] = functools.partial(torch_seconds, prompt, new, threads)
     found = {k: Spread(tuple(v)) for k, (_, v) in interleaved(measures, asked.rounds).items()}
-    best = min((found[name] for name in measures if name != "popjax"), key=lambda s: s.median)
-    ratio = best.over(found["popjax"])
+    torch_times = (spread for name, spread in found.items() if name.startswith("torch"))
+    best = min(torch_times, key=lambda spread: spread.median)
+    ratio, half_ratio = best.over(found["popjax"]), best.over(found["popjax, bfloat16"])
     for name, spread in found.items():
         tokens = Spread(tuple(1 / seconds for seconds in spread.rounds))
         print(f"  {name}: {tokens} tokens/s")
     print(f"  popjax against torch's best: {speedup_text(ratio)}")
+    print(f"  popjax in bfloat16 against torch's best in float32: {speedup_text(half_ratio)}")
     seconds = {name: spread.to_json() for name, spread in found.items()}
-    return {"step_seconds": seconds, "torch_over_popjax": ratio.to_json()}
+    return {
+        "step_seconds": seconds,
+        "torch_over_popjax": ratio.to_json(),
+        "torch_over_popjax_bfloat16": half_ratio.to_json(),
+    }
 
 
 def decode_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
@@ -270,6 +281,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--long-prompt-tokens", type=int, default=512, help="of section prefill")
     parser.add_argument("--torch", action="store_true", help="also time transformers on torch")
+    parser.add_argument(
+        "--llama-cpp", action="store_true", help="also time llama.cpp, on the default model"
+    )
     parser.add_argument("--json", type=Path, help="also write every round's numbers here")
     return parser.parse_args(argv)
 
@@ -279,19 +293,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
     if asked.torch and importlib.util.find_spec("torch") is None:
         sys.exit("--torch needs the package torch: install the extra `parity`, or leave it out")
+    if asked.llama_cpp and importlib.util.find_spec("xllamacpp") is None:
+        sys.exit("--llama-cpp needs the package xllamacpp: install the extra `bench`")
     measured: dict[str, Any] = {"jax": jax.__version__, "cores": os.cpu_count(), "models": {}}
     for name in asked.models:
         values = measured["models"][name] = {}
         if "memory" in asked.sections:  # before this process holds a model of its own
             print(f"{name}, memory:")
             values["memory"] = memory_section(name, asked)
-        sections = {"decode": decode_section, "ffn": ffn_section, "prefill": prefill_section}
+        sections = {
+            "decode": decode_section,
+            "ffn": ffn_section,
+            "prefill": prefill_section,
+            "bandwidth": bandwidth_section,
+            "batch": batch_section,
+            "choosing": choosing_section,
+        }
         chosen = {key: section for key, section in sections.items() if key in asked.sections}
-        if chosen:
+        if chosen or asked.llama_cpp:
             model = named_model(name)
             for key, section in chosen.items():
                 print(f"{name}, {key}:", flush=True)
                 values[key] = section(model, asked)
+            if asked.llama_cpp and name == DEFAULT:
+                print(f"{name}, llama.cpp:", flush=True)
+                values["llama.cpp"] = against_llama_cpp(model, asked)
             del model  # before the next one is made beside it
     if asked.json is not None:
         partial = asked.json.with_name(asked.json.name + ".partial")

@@ -6,13 +6,17 @@ Reads source text and starts subprocesses. What the packages compute is tested e
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from kernels_pallas.native.build import library_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("checkpoints", "kernels_pallas", "popjax")
@@ -127,11 +131,34 @@ def test_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in {".py", ".cc"}
+        if path.suffix in {".py", ".cc", ".h"}
     }
     assert {name for name in names if ".dist-info/" not in name} >= sources
+    (library,) = [name for name in names if name.endswith(".so")]
+    assert library == f"kernels_pallas/native/{library_name(version('jaxlib'))}"
+    assert not wheel.name.endswith("py3-none-any.whl")
     assert "popjax = popjax.cli:main" in entry_points
     assert "popjax-0.1.0.dist-info/licenses/LICENSE" in names
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
+    copy = tmp_path / "sources"
+    unwanted = shutil.ignore_patterns("*.so", ".git", ".venv*", "__pycache__", "tests")
+    shutil.copytree(ROOT, copy, ignore=unwanted)
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=copy,
+        env={**os.environ, "CXX": "no-such-compiler"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "goes without its CPU kernels: CXX names 'no-such-compiler'" in done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == "popjax-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -24,9 +24,9 @@ def decode_attention(
 ) -> jax.Array:
     """Scaled dot-product attention [B, N, H] of q [B, N, H] on the CPU kernels.
 
-    k, v [B*K, S, H] or [B, K, S, H], float32 or bfloat16; positions [B] and [B, S], -1 for an empty
-    slot; a key is seen when it is not later and, with a window, fewer than `window` positions back.
-    A query that sees nothing gets zeros.
+    k, v [B*K, S, H] or [B, K, S, H], float32, bfloat16 or its bits as uint16; positions [B] and
+    [B, S], -1 for an empty slot; a key is seen when it is not later and, with a window, fewer than
+    `window` positions back. A query that sees nothing gets zeros.
     """
     S, H = k.shape[-2:]
     flat_k, flat_v = k.reshape(-1, S, H), v.reshape(-1, S, H)

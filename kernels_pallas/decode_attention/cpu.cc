@@ -134,7 +134,7 @@ ffi::Error decode_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuff
     return run(F32Rows{static_cast<const float*>(k.untyped_data()), shape.size},
                F32Rows{static_cast<const float*>(v.untyped_data()), shape.size});
   }
-  if (k.element_type() == ffi::BF16) {
+  if (k.element_type() == ffi::BF16 || k.element_type() == ffi::U16) {  // or its bits
     return run(Bf16Rows{static_cast<const uint16_t*>(k.untyped_data()), shape.size},
                Bf16Rows{static_cast<const uint16_t*>(v.untyped_data()), shape.size});
   }

@@ -20,6 +20,7 @@ from kernels_pallas.row_products import contract, contract_rows, expand, expand_
 
 # Eight matrices of 32 MB in float32: more than most last-level caches, done in a few milliseconds.
 _MATRICES, _ROWS, _WIDTH = 8, 4096, 2048
+_READ = 2**26  # floats of the plain read
 _ROUNDS = 5
 # As of CHESS and RescoreAll: rows scattered over the matrix.
 SCATTERED = 0.4
@@ -40,7 +41,7 @@ def seconds(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any,
 
 def read_bandwidth(rounds: int = 9) -> float:
     """Bytes a second at which all threads read one large array, best of `rounds`."""
-    data = jnp.ones((2**26,), jnp.float32)
+    data = jnp.ones((_READ,), jnp.float32)
     (total,) = native.call("popjax_read", [jax.ShapeDtypeStruct((1,), jnp.float32)], data)
     best = float("inf")
     for _ in range(rounds):

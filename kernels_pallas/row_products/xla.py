@@ -18,7 +18,12 @@ _MOST_BLOCKS = 8
 
 
 def expand(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """h [..., F] = x w^T for x [..., D] and w [F, D], in `dtype` (that of x)."""
+    """h [..., F] = x w^T for x [..., D] and w [F, D], in `dtype` (that of x).
+
+    Computed in the dtype of w, which is what matrix units multiply.
+    """
+    if x.dtype != w.dtype:
+        return expand(x.astype(w.dtype), w, dtype or x.dtype)
     if _blocks(x, w) == 1:
         return _expand_plain(x, w, dtype)
     if dtype not in (None, x.dtype):
@@ -27,7 +32,9 @@ def expand(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Ar
 
 
 def contract(h: jax.Array, w: jax.Array) -> jax.Array:
-    """y [..., D] = h w for h [..., F] and w [F, D]."""
+    """y [..., D] = h w for h [..., F] and w [F, D]; computed in the dtype of w."""
+    if h.dtype != w.dtype:
+        return contract(h.astype(w.dtype), w).astype(h.dtype)
     if _blocks(h, w) == 1:
         return _contract_plain(h, w)
     return jax.lax.platform_dependent(h, w, cpu=_contract_blocks, default=_contract_plain)

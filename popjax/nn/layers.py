@@ -74,7 +74,7 @@ class Attention(nn.Module):
         )
         y = ops.heads_out(out, declare(self, "o", self.config), self.implementation)
         if self.config.o_bias:
-            y = y + declare(self, "o_bias", self.config)[None, None, :]
+            y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
         return y, cache
 
     def _heads(self, x: jax.Array) -> list[jax.Array]:
@@ -82,7 +82,9 @@ class Attention(nn.Module):
         heads = ops.heads_in(x, weights, self.implementation)
         if self.config.qkv_bias:
             biases = [declare(self, f"{name}_bias", self.config) for name in "qkv"]
-            heads = [y + b[None, None, :, :] for y, b in zip(heads, biases, strict=True)]
+            heads = [
+                y + b.astype(y.dtype)[None, None, :, :] for y, b in zip(heads, biases, strict=True)
+            ]
         return heads
 
 

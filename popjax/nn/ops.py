@@ -1,7 +1,8 @@
 """The mathematics of a decoder as pure functions of arrays, in the letters of `popjax.axes`.
 
 Norms, softmax and rotary angles are computed in float32 and cast back; products accumulate in
-float32. Knows no parameters by name, no config but `RopeConfig`, and no cache.
+float32. Knows no parameters by name, no config but `RopeConfig`, and of the cache only how its
+numbers are carried.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.row_products import contract, expand, expand_many
+from popjax.cache import floats
 from popjax.config import RopeConfig
 
 # Above this many queries, attention runs block by block: an 8k prompt's scores would otherwise take
@@ -27,7 +29,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     shape = (1,) * (x.ndim - 1) + scale.shape
-    return ((x32 * inverse).astype(x.dtype)) * scale.reshape(shape)
+    return ((x32 * inverse).astype(x.dtype)) * scale.astype(x.dtype).reshape(shape)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -154,7 +156,8 @@ def cached_attention(
 ) -> jax.Array:
     """Attention [B, T, N, H] over the cache k, v; one token a row may run on the CPU kernels."""
     if q.shape[1] > 1 or implementation not in ("native", "auto"):
-        return blocked_attention(q, k, v, query_positions, key_positions, window)
+        keys, values = floats(k), floats(v)
+        return blocked_attention(q, keys, values, query_positions, key_positions, window)
     out = decode_attention(q[:, 0], k, v, query_positions[:, 0], key_positions, window)
     return out[:, None]
 

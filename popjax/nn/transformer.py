@@ -129,8 +129,14 @@ class Transformer(nn.Module):
         masks: tuple[jax.Array, ...] | None,
         all_logits: bool = False,
     ) -> Outputs:
-        """Run new tokens, one a row or several given ones; `masks` [B, T, R+C] a layer replay."""
+        """Run new tokens, one a row or several given ones; `masks` [B, T, R+C] a layer replay.
+
+        Where the CPU kernels run, activations are float32 whatever the weights are stored in: the
+        kernels compute so anyway, and XLA's CPU backend is slow at anything in bfloat16.
+        """
         x, keys, tables = self._enter(inputs, cache)
+        if self.implementation in ("native", "auto"):
+            x = x.astype(jnp.float32)
         valid = inputs.positions >= 0
         layers, used = [], []
         for i, layer in enumerate(self.config.layers):

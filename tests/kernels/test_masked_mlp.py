@@ -1,4 +1,7 @@
-"""The masked feed-forward layer: every implementation against plain NumPy in float64."""
+"""The masked feed-forward layer: every implementation against plain NumPy in float64.
+
+Which channels are chosen is tested in test_selection.py, packed weights in test_quantized_rows.py.
+"""
 
 import functools
 import math
@@ -8,10 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given as given_by
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from kernels_pallas.masked_mlp import (
     ACTIVATIONS,
     IMPLEMENTATIONS,
+    POINTS,
+    Selection,
     gated_channels,
     masked_mlp,
     project,
@@ -35,8 +43,8 @@ OPENED = {
 }
 
 
-def inputs(B: int, T: int, D: int, F: int, dtype: str) -> tuple[jax.Array, ...]:
-    rng = np.random.default_rng(0)
+def inputs(B: int, T: int, D: int, F: int, dtype: str, seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
     x = rng.standard_normal((B, T, D))
     weights = (rng.standard_normal((F, D)) / math.sqrt(size) for size in (D, D, F + 1))
     return tuple(jnp.asarray(array, jnp.dtype(dtype)) for array in (x, *weights))
@@ -59,12 +67,12 @@ def tolerance(D: int, F: int, dtype: str) -> float:
     return 10 * EPS[dtype] * (math.sqrt(D) + math.sqrt(F) + 1)
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("share", ["none", "one", "half", "all"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_of_a_chosen_mask(
-    shape: tuple[int, int, int, int], share: str, dtype: str, implementation: str | None
+def test_output_of_a_given_mask(
+    shape: tuple[int, int, int, int], share: str, dtype: str, implementation: str
 ) -> None:
     B, T, D, F = shape
     weights = inputs(B, T, D, F, dtype)
@@ -73,46 +81,116 @@ def test_output_of_a_chosen_mask(
     call = functools.partial(
         masked_mlp,
         activation="silu",
-        select=lambda h: mask,
-        active=active,
+        selection=Selection(num_candidate=F, k_selected=active),
         implementation=implementation,
     )
-    out, used = jax.jit(call)(*weights)
+    out, used = jax.jit(call)(*weights, given=mask)
     assert (out.dtype, out.shape) == (weights[0].dtype, (B, T, D))
     assert used is not None and (np.asarray(used) == np.asarray(mask)).all()
-    wanted = oracle(*weights, "silu", np.asarray(mask))
+    wanted = oracle(*weights, activation="silu", mask=np.asarray(mask))
     np.testing.assert_allclose(
         np.asarray(out, np.float64), wanted, rtol=0, atol=tolerance(D, F, dtype)
     )
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation(activation: str) -> None:
-    weights = inputs(2, 3, 8, 16, "float32")
-    call = functools.partial(
-        masked_mlp, activation=activation, select=lambda h: None, active=16, implementation=None
+@settings(max_examples=30)
+@given_by(
+    B=st.integers(1, 16),
+    F=st.integers(1, 400),
+    D=st.one_of(st.integers(1, 40), st.sampled_from([65, 130])),
+    dtype=st.sampled_from(sorted(EPS)),
+    shared=st.booleans(),
+    share=st.sampled_from([0.0, 0.1, 0.9, 1.0]),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_kernels_over_drawn_shapes(
+    B: int, F: int, D: int, dtype: str, shared: bool, share: float, activation: str, seed: int
+) -> None:
+    weights = inputs(B, 1, D, F, dtype, seed)
+    mask = np.random.default_rng(seed).random((1 if shared else B, 1, F)) < share
+    out, used = masked_mlp(
+        *weights, activation=activation, given=jnp.asarray(mask), implementation="native"
     )
-    out, mask = call(*weights)
+    assert used is not None and used.shape == mask.shape
+    wanted = oracle(*weights, activation=activation, mask=mask)
+    # The kernels keep h in float32: only the result is rounded to the dtype.
+    atol = tolerance(D, F, "float32") + EPS[dtype] * np.abs(wanted)
+    assert (np.abs(np.asarray(out, np.float64) - wanted) <= atol).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str, implementation: str) -> None:
+    weights = inputs(2, 3, 8, 16, "float32")
+    out, mask = masked_mlp(*weights, activation=activation, implementation=implementation)
     assert mask is None
-    wanted = oracle(*weights, activation, True)
+    wanted = oracle(*weights, activation=activation, mask=True)
     np.testing.assert_allclose(np.asarray(out), wanted, rtol=0, atol=tolerance(8, 16, "float32"))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_large_values(activation: str) -> None:
+    _, gate, up, down = inputs(1, 1, 8, 16, "float32")
+    x = jnp.asarray([[[3e4, -2e4, 1e4, 0, 0, 5e3, -4e4, 1e3]]])
+    out, _ = masked_mlp(x, gate, up, down, activation=activation, implementation="native")
+    with np.errstate(over="ignore"):
+        wanted = oracle(x, gate, up, down, activation, True)
+    np.testing.assert_allclose(np.asarray(out), wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_choice_sees_the_channels(implementation: str) -> None:
     weights = inputs(2, 1, 8, 16, "float32")
-    h = gated_channels(*weights[:3], "silu")
-
-    def loudest(seen: jax.Array) -> jax.Array:
-        assert (np.asarray(seen) == np.asarray(h)).all()
-        return jnp.abs(seen) >= jax.lax.top_k(jnp.abs(seen), 4)[0][..., 3:]
-
+    loudness = np.abs(np.asarray(gated_channels(*weights[:3], activation="silu")))
     out, mask = masked_mlp(
-        *weights, activation="silu", select=loudest, active=4, implementation=implementation
+        *weights,
+        activation="silu",
+        selection=Selection(num_candidate=16, k_selected=4),
+        implementation=implementation,
     )
-    assert mask is not None and (np.asarray(mask).sum(axis=-1) == 4).all()
-    wanted = oracle(*weights, "silu", np.asarray(mask))
+    assert (np.asarray(mask) == (loudness >= np.sort(loudness)[..., -4:-3])).all()
+    wanted = oracle(*weights, activation="silu", mask=np.asarray(mask))
     np.testing.assert_allclose(np.asarray(out), wanted, rtol=0, atol=tolerance(8, 16, "float32"))
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_a_mask_of_all_channels_is_no_mask_bit_for_bit(dtype: str) -> None:
+    weights = inputs(5, 1, 67, 301, dtype)
+    call = functools.partial(masked_mlp, *weights, activation="silu", implementation="native")
+    wanted, none = call()
+    assert none is None
+    everything = [Selection(num_candidate=200, k_selected=200, point=point) for point in POINTS]
+    everything += [
+        Selection(num_candidate=301, threshold=jnp.full((301,), -1.0), shared=shared)
+        for shared in (False, True)
+    ]
+    for selection in everything:
+        out, mask = call(selection=selection)
+        assert mask is not None and np.asarray(mask).all()
+        assert np.asarray(out).tobytes() == np.asarray(wanted).tobytes()
+    for rows in (1, 5):
+        out, _ = call(given=jnp.ones((rows, 1, 301), bool))
+        assert np.asarray(out).tobytes() == np.asarray(wanted).tobytes()
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("point", [None, *POINTS])
+@pytest.mark.parametrize(("F", "D"), [(5, 3), (301, 67), (1030, 40)])
+def test_a_batch_is_its_rows_bit_for_bit(F: int, D: int, point: str | None, dtype: str) -> None:
+    x, *weights = inputs(7, 1, D, F, dtype)
+    selection = None
+    if point is not None:
+        selection = Selection(num_candidate=F - 1, k_selected=F // 3, point=point)
+    call = functools.partial(
+        masked_mlp, activation="silu", selection=selection, implementation="native"
+    )
+    out, mask = call(x, *weights)
+    for b in range(7):
+        alone, own = call(x[b : b + 1], *weights)
+        assert np.asarray(alone).tobytes() == np.asarray(out)[b : b + 1].tobytes()
+        if mask is not None:
+            assert (np.asarray(own) == np.asarray(mask)[b : b + 1]).all()
 
 
 def test_a_mask_shared_by_the_batch_broadcasts() -> None:
@@ -124,6 +202,16 @@ def test_a_mask_shared_by_the_batch_broadcasts() -> None:
     assert project_gathered(h, down, shared, 2).tolist() == wanted
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_shared_mask_is_every_rows_own(T: int) -> None:
+    weights = inputs(4, T, 17, 50, "float32")
+    shared = random_mask(1, T, 50, 20)
+    call = functools.partial(masked_mlp, *weights, activation="silu", implementation="native")
+    out, _ = call(given=shared)
+    each, _ = call(given=jnp.broadcast_to(shared, (4, T, 50)))
+    assert np.asarray(out).tobytes() == np.asarray(each).tobytes()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_masked_channel_cannot_be_heard(bad: float) -> None:
     h = jnp.array([[[1.0, bad, 2.0]]])
@@ -131,8 +219,29 @@ def test_a_masked_channel_cannot_be_heard(bad: float) -> None:
     down = jnp.ones((3, 2))
     assert project(h, down, mask).tolist() == [[[3.0, 3.0]]]
     assert project_gathered(h, down, mask, 2).tolist() == [[[3.0, 3.0]]]
+    x, *weights = inputs(1, 1, 8, 3, "float32")
+    wanted, _ = masked_mlp(x, *weights, activation="silu", given=mask, implementation="native")
+    # Not read at all, so the row of `down` may hold anything too.
+    weights = [w.at[1].set(bad) for w in weights]
+    out, _ = masked_mlp(x, *weights, activation="silu", given=mask, implementation="native")
+    assert out.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("point", POINTS)
+def test_what_is_not_chosen_is_not_read(point: str) -> None:
+    x, gate, up, down = inputs(3, 1, 16, 60, "float32")
+    gate = gate.at[40:].set(0.0)  # silent channels, which score zero
+    selection = Selection(num_candidate=60, k_selected=40, point=point)
+    options = {"activation": "silu", "selection": selection, "implementation": "native"}
+    wanted, mask = masked_mlp(x, gate, up, down, **options)
+    assert mask is not None and not np.asarray(mask)[..., 40:].any()
+    if point == "gate":
+        up = up.at[40:].set(jnp.nan)
+    out, _ = masked_mlp(x, gate, up, down.at[40:].set(jnp.nan), **options)
+    assert np.asarray(out).tobytes() == np.asarray(wanted).tobytes()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "native"])
 @pytest.mark.parametrize(
     ("shapes", "complaint"),
     [
@@ -140,15 +249,46 @@ def test_a_masked_channel_cannot_be_heard(bad: float) -> None:
         ([(1, 1, 7), (4, 8), (4, 8), (4, 8)], "got .*1, 1, 7"),
     ],
 )
-def test_shapes_that_disagree_are_refused(shapes: list[Any], complaint: str) -> None:
+def test_shapes_that_disagree_are_refused(
+    shapes: list[Any], complaint: str, implementation: str
+) -> None:
     arrays = [jnp.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=complaint):
-        masked_mlp(*arrays, activation="silu", select=lambda h: None, active=4)
+        masked_mlp(*arrays, activation="silu", implementation=implementation)
 
 
-def test_an_unknown_implementation_is_refused() -> None:
+def test_dtypes_that_the_kernels_cannot_read_are_refused() -> None:
+    x, gate, up, down = inputs(2, 1, 8, 4, "float32")
+    half, mask = up.astype(jnp.bfloat16), jnp.ones((2, 1, 4), jnp.int32)
+    options: dict[str, Any] = {"activation": "silu", "implementation": "native"}
+    for arrays, given, complaint in (
+        ((x, gate, half, down), None, "one shape, one dtype"),
+        ((x, gate, up, half), None, "one shape, one dtype"),
+        ((x.astype(jnp.float16), gate, up, down), None, "x is not float32 or bfloat16"),
+        ((x, *(w.astype(jnp.float16) for w in (gate, up, down))), None, "neither float32"),
+        ((x, gate, up, down), mask, "a given mask is boolean"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"popjax: .*{complaint}"):
+            jax.block_until_ready(masked_mlp(*arrays, given=given, **options))
+
+
+def test_unknown_names_are_refused() -> None:
     arrays = inputs(1, 1, 8, 4, "float32")
-    with pytest.raises(ValueError, match="'fast' is unknown: use one of .*masked.*gathered"):
-        masked_mlp(
-            *arrays, activation="silu", select=lambda h: None, active=4, implementation="fast"
-        )
+    with pytest.raises(ValueError, match="'fast' is unknown: use one of .*xla.*native"):
+        masked_mlp(*arrays, activation="silu", implementation="fast")
+    with pytest.raises(ValueError, match="'end' is unknown: use one of .*product.*gate"):
+        masked_mlp(*arrays, activation="silu", selection=Selection(point="end"))
+
+
+def test_rows_are_not_gathered_without_a_fixed_count() -> None:
+    arrays = inputs(1, 1, 8, 4, "float32")
+    by_threshold = Selection(num_candidate=4, threshold=jnp.zeros(4))
+    for selection, given in ((by_threshold, None), (None, jnp.ones((1, 1, 4), bool))):
+        with pytest.raises(ValueError, match="fixed count: use 'xla'"):
+            masked_mlp(
+                *arrays,
+                activation="silu",
+                selection=selection,
+                given=given,
+                implementation="xla_gathered",
+            )

@@ -28,6 +28,7 @@ from popjax.cli.tables import speed_change
 from popjax.cli.terminal import sentence
 
 PROMPT = "The quick brown fox"
+COMMANDS = ("generate", "chat", "inspect", "bench", "show", "doctor")
 ENTRY = "from popjax.cli import main; main()"
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +108,7 @@ def test_help_does_not_import_jax() -> None:
 
 def test_help_names_every_command_and_method() -> None:
     overview = flat(CliRunner().invoke(app, ["--help"]).stdout)
-    assert all(f" {name} " in overview for name in ("generate", "chat", "inspect", "bench", "show"))
+    assert all(f" {name} " in overview for name in COMMANDS)
     options = flat(CliRunner().invoke(app, ["generate", "--help"]).stdout)
     assert all(name in options for name in METHODS)
     assert "--compare-dense" in options

@@ -139,7 +139,7 @@ def decode_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, An
     return values
 
 
-@functools.partial(jax.jit, static_argnames=("method", "activation"))
+@functools.partial(jax.jit, static_argnames=("method", "activation", "implementation"))
 def ffn_steps(
     layers: list[Params],
     partition: Partitions | None,
@@ -148,6 +148,7 @@ def ffn_steps(
     *,
     method: Method,
     activation: str,
+    implementation: str,
 ) -> jax.Array:
     """`steps` decode steps of the FFN layers alone, x [B, 1, D] in and out."""
 
@@ -161,7 +162,7 @@ def ffn_steps(
                 mlp["down"],
                 activation=activation,
                 selection=None if part is None else method.selection(part),
-                implementation=implementation_for(None, mlp),
+                implementation=implementation,
             )
             # Keeps the stream finite through random layers; costs nothing beside the weights.
             x = rms_norm(x + y, jnp.ones(x.shape[-1:], x.dtype), 1e-6)
@@ -190,7 +191,14 @@ def ffn_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
             ideal[name] = sum(layer.mlp_dim for layer in model.config.layers) / evaluated
         mlps = [params[layer]["mlp"] for layer in names]
         one = functools.partial(
-            ffn_steps, mlps, partition, x, steps, method=method, activation=model.config.activation
+            ffn_steps,
+            mlps,
+            partition,
+            x,
+            steps,
+            method=method,
+            activation=model.config.activation,
+            implementation=implementation_for(None, mlps),
         )
         measures[name] = functools.partial(_seconds, one, asked.new_tokens)
     found = {k: Spread(tuple(v)) for k, (_, v) in interleaved(measures, asked.rounds).items()}

@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+import popjax
+from checkpoints import open_gguf
+from kernels_pallas.native import measure
 from popjax import axes
+from popjax.default_model import GGUF_MEMBER, default_model_wheel
 from popjax.families import model_config
 from popjax.sparsity import channel_budget
-from scripts import bench_decode, peak_memory
+from scripts import bench_decode, bench_llama_cpp, bench_native, peak_memory
 from scripts.bench_models import LLAMA_1B, methods_at, random_model, tiny_twin
 
 SHORT = ["--rounds", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--long-prompt-tokens", "32"]
@@ -50,12 +55,43 @@ def test_decode_ffn_and_prefill_sections(
     assert list(tmp_path.glob("*.partial")) == []
 
 
+def test_sections_of_the_cpu_kernels(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_READ", 2**16)
+    monkeypatch.setattr(bench_native, "BATCHES", (1, 3))
+    sections = ("bandwidth", "batch", "choosing")
+    found = measured(tiny_checkpoint, tmp_path / "bench.json", "--sections", *sections)
+    assert list(found) == list(sections)
+    half, scattered = found["bandwidth"]["bfloat16"], found["bandwidth"]["40% of the rows"]
+    assert half["bytes_ratio"] == 2.0 and 1 < scattered["bytes_ratio"] < 2
+    assert len(half["share_of_reading"]["rounds"]) == 2
+    assert list(found["batch"]) == ["1", "3"]
+    shares = np.divide(found["choosing"]["choosing"]["rounds"], found["choosing"]["step"]["rounds"])
+    assert found["choosing"]["share"]["rounds"] == pytest.approx(shares.tolist())
+
+
+@pytest.mark.weights
+def test_the_yardstick_of_llama_cpp_holds_our_weights(default_model: Any, tmp_path: Path) -> None:
+    source = Path(open_gguf(default_model_wheel(), member=GGUF_MEMBER).location)
+    target = tmp_path / "bfloat16.gguf"
+    bench_llama_cpp.rewritten(source, target, bench_llama_cpp.KINDS["bfloat16"])
+    again = popjax.load(str(target), dtype="bfloat16")
+    assert again.config == default_model.config
+    for path, leaf in jax.tree.leaves_with_path(again.params):
+        ours = default_model.params
+        for key in path:
+            ours = ours[key.key]
+        assert (np.asarray(leaf) == np.asarray(ours.astype(leaf.dtype))).all()
+
+
 @pytest.mark.parity
 def test_torch_is_timed_beside_popjax(tiny_checkpoint: Path, tmp_path: Path) -> None:
     found = measured(tiny_checkpoint, tmp_path / "bench.json", "--sections", "decode", "--torch")
     torch = found["decode"]["torch"]
-    assert list(torch["step_seconds"]) == ["popjax", "torch, 1 thread", "torch, 2 threads"]
-    best = min((v for k, v in torch["step_seconds"].items() if k != "popjax"), key=_median)
+    names = ["popjax", "popjax, bfloat16", "torch, 1 thread", "torch, 2 threads"]
+    assert list(torch["step_seconds"]) == names
+    best = min((torch["step_seconds"][name] for name in names[2:]), key=_median)
     ratios = np.divide(best["rounds"], torch["step_seconds"]["popjax"]["rounds"])
     assert torch["torch_over_popjax"]["rounds"] == pytest.approx(ratios.tolist())
 

@@ -42,14 +42,14 @@ class Line:
 Costs = Mapping[tuple[str, str, str], Line]
 
 MEASURED: Costs = {
-    ("expand", "xla", "float32"): Line(1.30e-10, 3.40e-10, 4.40e-10),
-    ("expand", "native", "float32"): Line(1.30e-10, 1.40e-10, 2.90e-10),
-    ("contract", "xla", "float32"): Line(1.75e-10, 1.90e-10, 3.15e-10),
-    ("contract", "native", "float32"): Line(1.50e-10, 1.55e-10, 3.60e-10),
-    ("expand", "xla", "bfloat16"): Line(1.20e-9, 1.60e-9, 1.75e-9),
-    ("expand", "native", "bfloat16"): Line(0.70e-10, 0.90e-10, 2.70e-10),
-    ("contract", "xla", "bfloat16"): Line(1.30e-9, 1.50e-9, 1.65e-9),
-    ("contract", "native", "bfloat16"): Line(0.75e-10, 0.95e-10, 3.60e-10),
+    ("expand", "xla", "float32"): Line(1.39e-10, 3.57e-10, 4.49e-10),
+    ("expand", "native", "float32"): Line(1.35e-10, 1.67e-10, 2.99e-10),
+    ("contract", "xla", "float32"): Line(1.85e-10, 2.45e-10, 3.39e-10),
+    ("contract", "native", "float32"): Line(1.54e-10, 1.74e-10, 4.72e-10),
+    ("expand", "xla", "bfloat16"): Line(1.21e-9, 1.72e-9, 1.91e-9),
+    ("expand", "native", "bfloat16"): Line(0.85e-10, 1.79e-10, 3.14e-10),
+    ("contract", "xla", "bfloat16"): Line(1.25e-9, 1.67e-9, 1.80e-9),
+    ("contract", "native", "bfloat16"): Line(0.83e-10, 1.57e-10, 6.30e-10),
 }
 
 

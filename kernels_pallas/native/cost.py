@@ -23,6 +23,8 @@ OPERATIONS = ("expand", "contract")
 FORMS = ("xla", "native")
 DTYPES = ("float32", "bfloat16")
 FEW, MANY = 2, 16
+# Beyond, the lines say nothing: the kernels are made for few vectors.
+_MOST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def prefers_native(operation: str, vectors: int, dtype: Any) -> bool:
 
     operation: one of OPERATIONS, or "mlp" for two expansions and one contraction.
     """
-    if str(dtype) not in DTYPES:
+    if str(dtype) not in DTYPES or vectors > _MOST:
         return False
     parts = ("expand", "expand", "contract") if operation == "mlp" else (operation,)
 

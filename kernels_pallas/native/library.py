@@ -65,7 +65,9 @@ def status() -> Status:
         except (OSError, AttributeError) as error:
             found = Status(False, f"{found.path} cannot be loaded: {error}")
     runs = f"C++ kernels with {found.instruction_set}" if found.available else "XLA only"
-    _LOG.info("CPU products: %s (%s)", runs, found.reason)
+    # Going without is worth a line on stderr, unless it was asked for.
+    level = logging.INFO if found.available or _asked_off() else logging.WARNING
+    _LOG.log(level, "CPU products: %s (%s)", runs, found.reason)
     return found
 
 
@@ -83,9 +85,13 @@ def call(
     return jax.ffi.ffi_call(name, tuple(results))(*arguments, **attributes)
 
 
+def _asked_off() -> bool:
+    return os.environ.get("POPJAX_NATIVE", "").lower() in _OFF
+
+
 def _found() -> Status:
     asked = os.environ.get("POPJAX_NATIVE", "")
-    if asked.lower() in _OFF and asked:
+    if _asked_off():
         return Status(False, f"POPJAX_NATIVE={asked}")
     if asked and asked != "1":
         return Status(True, f"POPJAX_NATIVE={asked}", Path(asked))

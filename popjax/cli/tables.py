@@ -133,7 +133,8 @@ def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str
     ]
     yield "time", ", ".join(phases)
     if report.tokens_per_second is not None:
-        yield "decode speed", f"{report.tokens_per_second:.1f} tokens/s"
+        form = f"implementation {report.implementation}"
+        yield "decode speed", f"{report.tokens_per_second:.1f} tokens/s ({form})"
     if report.comparison is not None:
         yield from _comparison(report.comparison, report.new_tokens)
 

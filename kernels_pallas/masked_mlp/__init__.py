@@ -55,12 +55,12 @@ def masked_mlp(
     if _native(x, gate, selection, implementation):
         options = {"activation": activation, "selection": selection, "given": given}
         return native.masked_mlp(x, gate, up, down, **options)
-    a = ACTIVATIONS[activation](expand(x, gate))
     if selection is not None and selection.point == "gate":
+        a = ACTIVATIONS[activation](expand(x, gate))
         mask = choose(a, selection) if given is None else given
         h = a * expand(x, up)
     else:
-        h = a * expand(x, up)
+        h = gated_channels(x, gate, up, activation)
         mask = choose(h, selection) if given is None and selection is not None else given
     if mask is not None and implementation == "xla_gathered":
         return project_gathered(h, down, mask, _active(selection, mask)), mask

@@ -7,8 +7,6 @@
 // chosen rows of all three. A row that no vector of the batch uses is not read.
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -48,9 +46,7 @@ struct Call {
   std::vector<int64_t> candidates;
   const float* weight;     // [C] or null
   const float* threshold;  // [C] or null: chosen by score > threshold instead of by rank
-  const uint8_t* given;    // [1 or N, F] or null
-  int64_t given_rows;
-  uint8_t* mask;  // [1 or N, F], a result
+  uint8_t* mask;           // [1 or N, F], a result
 
   int64_t mask_rows() const { return shared ? 1 : vectors; }
   const uint8_t* mask_of(int64_t v) const { return mask + (shared ? 0 : v) * channels; }
@@ -89,8 +85,8 @@ std::vector<float> dots(const W& w, const std::vector<int64_t>& rows, const floa
 }
 
 // h [F, N] = act(gate) * up of the rows in use, or with gate_only the activated gate alone.
-template <typename G, typename U>
-void evaluate(const Call& call, const G& gate, const U& up, const float* x, bool gate_only,
+template <typename W>
+void evaluate(const Call& call, const W& gate, const W& up, const float* x, bool gate_only,
               float* h, Team& team) {
   const int64_t n = call.vectors;
   over_channels(call, team, [&](int64_t first, int64_t end) {

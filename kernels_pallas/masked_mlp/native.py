@@ -10,13 +10,11 @@ import numpy as np
 
 from kernels_pallas.masked_mlp.selection import Selection
 from kernels_pallas.native import call
-from kernels_pallas.row_products import QuantizedRows
+from kernels_pallas.row_products.quantized import Rows, stored
 
 # Their places are the numbers of cpu.cc.
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 _POINTS = ("all", "product", "gate", "given")
-
-Rows = jax.Array | QuantizedRows
 
 
 def masked_mlp(
@@ -48,7 +46,7 @@ def masked_mlp(
         point, rows = selection.point, 1 if selection.shared else B * T
     used = selection if selection is not None and given is None else Selection()
     empty = jnp.zeros((0,), jnp.float32)
-    matrices, scales = zip(*map(_parts, (gate, up, down)), strict=True)
+    matrices, scales = zip(*map(stored, (gate, up, down)), strict=True)
     y, chosen = call(
         "popjax_masked_mlp",
         [jax.ShapeDtypeStruct(flat.shape, x.dtype), jax.ShapeDtypeStruct((rows, E), bool)],
@@ -75,9 +73,3 @@ def select_top(scores: jax.Array, count: int) -> jax.Array:
     result = jax.ShapeDtypeStruct(flat.shape, bool)
     (mask,) = call("popjax_top", [result], flat, keep=np.int64(count))
     return mask.reshape(scores.shape)
-
-
-def _parts(w: Rows) -> tuple[jax.Array, jax.Array]:
-    if isinstance(w, QuantizedRows):
-        return w.values, w.scales
-    return w, jnp.zeros((0,), jnp.float32)

@@ -3,7 +3,6 @@
 // Rows that nobody named are not read. Without a list the rows are all, in their order.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.native import call
-from kernels_pallas.row_products.quantized import QuantizedRows
-
-Rows = jax.Array | QuantizedRows
+from kernels_pallas.row_products.quantized import Rows, stored
 
 
 def expand(
@@ -26,7 +24,7 @@ def expand(
     lists = _lists(rows, counts)
     size = w.shape[0] if rows is None else lists[0].shape[1]
     result = jax.ShapeDtypeStruct((flat.shape[0], size), dtype or x.dtype)
-    (y,) = call("popjax_expand", [result], flat, *_parts(w), *lists)
+    (y,) = call("popjax_expand", [result], flat, *stored(w), *lists)
     return y.reshape(*x.shape[:-1], size)
 
 
@@ -36,7 +34,7 @@ def contract(
     """y [..., D] = h [..., F] w, or the sum over chosen rows for h [..., capacity]."""
     flat = _flat(h)
     result = jax.ShapeDtypeStruct((flat.shape[0], w.shape[1]), h.dtype)
-    (y,) = call("popjax_contract", [result], flat, *_parts(w), *_lists(rows, counts))
+    (y,) = call("popjax_contract", [result], flat, *stored(w), *_lists(rows, counts))
     return y.reshape(*h.shape[:-1], w.shape[1])
 
 
@@ -51,12 +49,6 @@ def expand_many(x: jax.Array, weights: Sequence[jax.Array]) -> list[jax.Array]:
 def _flat(x: jax.Array) -> jax.Array:
     # Counted out, since reshape cannot infer the rows of an array of no columns.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _parts(w: Rows) -> tuple[jax.Array, jax.Array]:
-    if isinstance(w, QuantizedRows):
-        return w.values, w.scales
-    return w, jnp.zeros((0,), jnp.float32)
 
 
 def _lists(rows: jax.Array | None, counts: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -37,6 +37,16 @@ class QuantizedRows:
         return self.values.nbytes + self.scales.nbytes
 
 
+Rows = jax.Array | QuantizedRows
+
+
+def stored(w: Rows) -> tuple[jax.Array, jax.Array]:
+    """The arrays that hold a matrix: its values and its scales, of which plain ones have none."""
+    if isinstance(w, QuantizedRows):
+        return w.values, w.scales
+    return w, jnp.zeros((0,), jnp.float32)
+
+
 def quantized(w: jax.Array, bits: int = 8, group: int = 32) -> QuantizedRows:
     """Rows w [F, D] rounded to `bits`, each group of `group` weights scaled by its largest.
 

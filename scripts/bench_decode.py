@@ -289,9 +289,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--long-prompt-tokens", type=int, default=512, help="of section prefill")
     parser.add_argument("--torch", action="store_true", help="also time transformers on torch")
-    parser.add_argument(
-        "--llama-cpp", action="store_true", help="also time llama.cpp, on the default model"
-    )
+    parser.add_argument("--llama-cpp", action="store_true", help="also time llama.cpp")
     parser.add_argument("--json", type=Path, help="also write every round's numbers here")
     return parser.parse_args(argv)
 
@@ -323,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for key, section in chosen.items():
                 print(f"{name}, {key}:", flush=True)
                 values[key] = section(model, asked)
-            if asked.llama_cpp and name == DEFAULT:
+            if asked.llama_cpp:
                 print(f"{name}, llama.cpp:", flush=True)
                 values["llama.cpp"] = against_llama_cpp(model, asked)
             del model  # before the next one is made beside it

@@ -1,7 +1,7 @@
-"""llama.cpp as a yardstick: the default model decoded by it, at our bytes a weight.
+"""llama.cpp as a yardstick: the same weights decoded by it, at our bytes a weight.
 
-The weights are those of the default model's GGUF file, written again in float32 or bfloat16. Needs
-the extra `bench` (xllamacpp, llama.cpp with Python bindings).
+They are written as GGUF files in float32 and bfloat16. Needs the extra `bench` (xllamacpp,
+llama.cpp with Python bindings).
 """
 
 from __future__ import annotations
@@ -15,38 +15,66 @@ from typing import Any
 import gguf
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from checkpoints import open_gguf
+from checkpoints import export, open_gguf
 from popjax.bench import Spread, interleaved, speedup_text
 from popjax.default_model import GGUF_MEMBER, default_model_wheel
+from popjax.families import family_of
 from popjax.run import Request, run
 from scripts.bench_models import BenchModel, random_prompt
 
 KINDS = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
 
 
-def rewritten(source: Path, target: Path, kind: gguf.GGMLQuantizationType) -> None:
-    """Write the GGUF file `source` again with its matrices stored as `kind`."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, _text(reader, "general.architecture"))
+def written(model: BenchModel, target: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Write a model of llama's architecture as GGUF, its matrices stored as `kind`.
+
+    The tokenizer is that of the default model, with names made up for tokens beyond its own: what
+    is timed neither reads nor shows text.
+    """
+    reader = gguf.GGUFReader(open_gguf(default_model_wheel(), member=GGUF_MEMBER).location)
+    writer = gguf.GGUFWriter(target, "llama")
+    for name, value in _sizes(model.raw).items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
+        if name.startswith("tokenizer."):
             sub = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub)
-    for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = _extended(name, field.contents(), model.config.vocab_size)
+            writer.add_key_value(name, values, field.types[0], sub)
+    for name, values in export(model.params, family_of("llama").gguf_rows):
+        values = np.ascontiguousarray(values)
         stored = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(tensor.name, gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _text(reader: gguf.GGUFReader, name: str) -> str:
-    field = reader.get_field(name)
-    assert field is not None, f"{name} is in every GGUF file"
-    return str(field.contents())
+def _sizes(raw: dict[str, Any]) -> dict[str, int | float]:
+    width, heads = raw["hidden_size"], raw["num_attention_heads"]
+    head = raw.get("head_dim") or width // heads
+    return {
+        "llama.block_count": raw["num_hidden_layers"],
+        "llama.context_length": raw["max_position_embeddings"],
+        "llama.embedding_length": width,
+        "llama.feed_forward_length": raw["intermediate_size"],
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": raw["num_key_value_heads"],
+        "llama.attention.layer_norm_rms_epsilon": float(raw["rms_norm_eps"]),
+        "llama.rope.freq_base": float(raw["rope_theta"]),
+        "llama.rope.dimension_count": head,
+        "llama.vocab_size": raw["vocab_size"],
+    }
+
+
+def _extended(name: str, values: Any, size: int) -> Any:
+    if name == "tokenizer.ggml.tokens":
+        return [*values, *(f"<unused {i}>" for i in range(len(values), size))]
+    if name == "tokenizer.ggml.token_type":
+        return [*values, *[int(gguf.TokenType.UNUSED)] * (size - len(values))]
+    return values
 
 
 def step_seconds(path: Path, threads: int, prompt: list[int], new_tokens: int) -> float:
@@ -75,10 +103,9 @@ def against_llama_cpp(model: BenchModel, asked: argparse.Namespace) -> dict[str,
     prompt, new = random_prompt(model.config, asked.prompt_tokens), asked.new_tokens
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(open_gguf(default_model_wheel(), member=GGUF_MEMBER).location)
         for dtype, kind in KINDS.items():
             path = Path(folder) / f"{dtype}.gguf"
-            rewritten(source, path, kind)
+            written(model, path, kind)
             params = jax.tree.map(lambda leaf, d=dtype: leaf.astype(jnp.dtype(d)), model.params)
             measures = {"popjax": functools.partial(_ours, model, params, prompt, new)}
             for threads in (1, 2):
@@ -92,6 +119,7 @@ def against_llama_cpp(model: BenchModel, asked: argparse.Namespace) -> dict[str,
                 f"  {dtype}: popjax {found['popjax'].median * 1e3:.1f} ms, llama.cpp "
                 f"{theirs.median * 1e3:.1f} ms a step; {speedup_text(ratio)}"
             )
+            path.unlink()  # before the next one is written beside it
             values[dtype] = {**{k: v.to_json() for k, v in found.items()}, "ratio": ratio.to_json()}
     return values
 

@@ -42,7 +42,9 @@ def bandwidth_section(model: BenchModel, asked: argparse.Namespace) -> dict[str,
     measures: dict[str, Callable[[], float]] = {
         name: functools.partial(_step_seconds, model, *case[:2]) for name, case in cases.items()
     }
+    width = model.config.embed_dim
     measures["read"] = lambda: 1 / read_bandwidth(rounds=3)
+    measures["read rows"] = lambda: 1 / read_bandwidth(rounds=3, width=width, share=SCATTERED)
     found = {k: Spread(tuple(v)) for k, (_, v) in interleaved(measures, asked.rounds).items()}
     values: dict[str, Any] = {"read_seconds_a_byte": found["read"].to_json()}
     print(f"  plain reading: {Spread(tuple(1e-9 / s for s in found['read'].rounds))} GB/s")
@@ -61,7 +63,28 @@ def bandwidth_section(model: BenchModel, asked: argparse.Namespace) -> dict[str,
             f"  {name}: {Spread(tuple(1e3 * s for s in found[name].rounds))} ms a step, {share} of "
             f"plain reading; {speedup_text(ratio)}, bytes allow {allowed:.2f}"
         )
+    values["read_rows_allow"] = _reading_allows(model, cases["float32"][2], found).to_json()
     return values
+
+
+def _reading_allows(model: BenchModel, dense: int, found: dict[str, Spread]) -> Spread:
+    """How many times faster than dense a step could be if all it did were read its rows by index.
+
+    Memory serves scattered rows more slowly than whole arrays: whatever does the arithmetic.
+    """
+    rows = SCATTERED * sum(
+        3 * layer.mlp_dim * model.config.embed_dim * model.params["embed"]["table"].dtype.itemsize
+        for layer in model.config.layers
+    )
+    others = dense - rows / SCATTERED
+    pairs = zip(found["read"].rounds, found["read rows"].rounds, strict=True)
+    allowed = Spread(tuple(dense * a / (others * a + rows * b) for a, b in pairs))
+    share = found["read"].over(found["read rows"])
+    print(
+        f"  reading {SCATTERED:.0%} of the rows alone: {share} of plain reading, which allows "
+        f"{allowed}x"
+    )
+    return allowed
 
 
 def batch_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def build(target: Path, include: str, flags: tuple[str, ...] = ()) -> None:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildError(f"{command[0]} did not run: {error}") from None
         if done.returncode or not made.is_file():
-            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+            lines = [line for line in done.stderr.splitlines() if "error:" in line.lower()]
             said = (lines or done.stderr.splitlines() or ["nothing"])[0]
             raise BuildError(f"{command[0]} ended with {done.returncode} and said: {said}")
         os.replace(made, target)

@@ -39,17 +39,26 @@ def seconds(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any,
     return {key: statistics.median(times) for key, times in taken.items()}
 
 
-def read_bandwidth(rounds: int = 9) -> float:
-    """Bytes a second at which all threads read one large array, best of `rounds`."""
-    data = jnp.ones((_READ,), jnp.float32)
-    (total,) = native.call("popjax_read", [jax.ShapeDtypeStruct((1,), jnp.float32)], data)
+def read_bandwidth(rounds: int = 9, width: int = _WIDTH, share: float = 1.0) -> float:
+    """Bytes a second at which all threads read one large array and do no more, best of `rounds`.
+
+    Below 1, only that `share` of its rows of `width` floats is read, by index: what the memory
+    allows a kernel that reads scattered rows.
+    """
+    data = jnp.ones((_READ // width, width), jnp.float32)
+    chosen = _scattered(data.shape[0], share) if share < 1 else np.zeros(0, np.int32)
+    rows, result = jnp.asarray(chosen), jax.ShapeDtypeStruct((1,), jnp.float32)
     best = float("inf")
-    for _ in range(rounds):
+    for _ in range(rounds + 1):  # the first one warms up
         started = time.perf_counter()
-        (total,) = native.call("popjax_read", [jax.ShapeDtypeStruct((1,), jnp.float32)], data)
-        jax.block_until_ready(total)
+        jax.block_until_ready(native.call("popjax_read", [result], data, rows))
         best = min(best, time.perf_counter() - started)
-    return data.nbytes / best
+    return (rows.size or data.shape[0]) * width * data.dtype.itemsize / best
+
+
+def _scattered(rows: int, share: float) -> np.ndarray:
+    order = np.random.default_rng(0).permutation(rows)
+    return np.sort(order[: int(share * rows)]).astype(np.int32)
 
 
 def measured_costs(rounds: int = _ROUNDS) -> Costs:
@@ -73,11 +82,11 @@ def measured_costs(rounds: int = _ROUNDS) -> Costs:
 
 
 def scattered_bandwidth(rounds: int = _ROUNDS) -> dict[str, float]:
-    """Bytes a second of reading the share SCATTERED of the rows by index, an operation each."""
+    """Bytes a second with the share SCATTERED of the rows by index: an operation each, and "read",
+    which is reading them alone."""
     matrices = _matrices("float32")
-    rng = np.random.default_rng(0)
     count = int(SCATTERED * _ROWS)
-    rows = [jnp.asarray(np.sort(rng.permutation(_ROWS)[:count])[None], jnp.int32) for _ in matrices]
+    rows = [jnp.asarray(_scattered(_ROWS, SCATTERED)[None]) for _ in matrices]
     x, h = jnp.ones((1, _WIDTH)), jnp.ones((1, count))
     up = jax.jit(
         lambda x, ws, rs: [
@@ -91,7 +100,8 @@ def scattered_bandwidth(rounds: int = _ROUNDS) -> dict[str, float]:
     )
     calls = {"expand": lambda: up(x, matrices, rows), "contract": lambda: down(h, matrices, rows)}
     read = len(matrices) * count * _WIDTH * 4
-    return {str(name): read / took for name, took in seconds(calls, rounds).items()}
+    found = {str(name): read / took for name, took in seconds(calls, rounds).items()}
+    return {**found, "read": read_bandwidth(rounds, share=SCATTERED)}
 
 
 def _matrices(dtype: str) -> list[jax.Array]:

@@ -165,15 +165,28 @@ ffi::Error expand_many(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArg
   return ffi::Error::Success();
 }
 
-// The sum of an array: what reading costs when nothing else is done.
-ffi::Error read(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> data,
+// The sum of the named rows of a matrix, or of all: what reading costs when nothing else is done.
+ffi::Error read(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> data, ffi::BufferR1<ffi::S32> rows,
                 ffi::Result<ffi::Buffer<ffi::F32>> total) {
-  const int64_t size = data.element_count(), pieces = 4 * kPieces;
+  const int64_t all = data.dimensions()[0], width = data.dimensions()[1], pieces = 4 * kPieces;
+  const int64_t named = rows.element_count();
+  const float* from = data.typed_data();
+  const int32_t* index = rows.typed_data();
+  for (int64_t i = 0; i < named; ++i) {
+    if (index[i] < 0 || index[i] >= all) {
+      return invalid("row " + std::to_string(index[i]) + " is outside 0.." +
+                     std::to_string(all - 1));
+    }
+  }
   std::vector<float> sums(pieces);
   Team team(pool, pieces);
   team.run(pieces, [&](int64_t piece) {
+    const int64_t size = named > 0 ? named : all;
     const int64_t first = size * piece / pieces, end = size * (piece + 1) / pieces;
-    sums[piece] = sum_of(data.typed_data() + first, end - first);
+    if (named == 0) sums[piece] = sum_of(from + first * width, (end - first) * width);
+    for (int64_t i = first; named > 0 && i < end; ++i) {
+      sums[piece] += sum_of(from + index[i] * width, width);
+    }
   });
   float sum = 0;
   for (const float part : sums) sum += part;
@@ -210,7 +223,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(popjax_read, read,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 }  // namespace popjax

@@ -57,5 +57,5 @@ def test_the_measurement_covers_every_form(monkeypatch: pytest.MonkeyPatch) -> N
     found = measure.measured_costs(rounds=1)
     assert found.keys() == MEASURED.keys()
     assert all(0 < seconds < 1 for line in found.values() for seconds in (line.one, line.many))
-    assert set(measure.scattered_bandwidth(rounds=1)) == {"expand", "contract"}
+    assert set(measure.scattered_bandwidth(rounds=1)) == {"expand", "contract", "read"}
     assert measure.read_bandwidth(rounds=1) > 1e8

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 
 import popjax
-from checkpoints import open_gguf
 from kernels_pallas.native import measure
 from popjax import axes
-from popjax.default_model import GGUF_MEMBER, default_model_wheel
 from popjax.families import model_config
 from popjax.sparsity import channel_budget
 from scripts import bench_decode, bench_llama_cpp, bench_native, peak_memory
-from scripts.bench_models import LLAMA_1B, methods_at, random_model, tiny_twin
+from scripts.bench_models import LLAMA_1B, BenchModel, methods_at, random_model, tiny_twin
 
 SHORT = ["--rounds", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--long-prompt-tokens", "32"]
 
@@ -73,16 +71,16 @@ def test_sections_of_the_cpu_kernels(
 
 @pytest.mark.weights
 def test_the_yardstick_of_llama_cpp_holds_our_weights(default_model: Any, tmp_path: Path) -> None:
-    source = Path(open_gguf(default_model_wheel(), member=GGUF_MEMBER).location)
     target = tmp_path / "bfloat16.gguf"
-    bench_llama_cpp.rewritten(source, target, bench_llama_cpp.KINDS["bfloat16"])
+    ours = BenchModel(default_model.source.raw, default_model.config, default_model.params)
+    bench_llama_cpp.written(ours, target, bench_llama_cpp.KINDS["bfloat16"])
     again = popjax.load(str(target), dtype="bfloat16")
     assert again.config == default_model.config
     for path, leaf in jax.tree.leaves_with_path(again.params):
-        ours = default_model.params
+        mine = default_model.params
         for key in path:
-            ours = ours[key.key]
-        assert (np.asarray(leaf) == np.asarray(ours.astype(leaf.dtype))).all()
+            mine = mine[key.key]
+        assert (np.asarray(leaf) == np.asarray(mine.astype(leaf.dtype))).all()
 
 
 @pytest.mark.parity

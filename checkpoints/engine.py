@@ -110,8 +110,10 @@ def convert(
         raise ValueError(f"dtype must be a float type, got {wanted}")
     flat: dict[str, Any] = {}
     damaged: list[str] = []
-    for job in _plan(source, rows, expected, ignore):
-        array = _load(source, job, wanted)
+    jobs = _plan(source, rows, expected, ignore)
+    arena = _arena(jobs, wanted) if place is None else None
+    for job in jobs:
+        array = _load(source, job, wanted, arena)
         if check_tensors and (count := _count_non_finite(array)):
             damaged.append(f"{job.source} ({count} of {array.size} values)")
         # Not jnp.asarray, which makes one more copy.
@@ -126,11 +128,20 @@ def convert(
     return _nested({path: flat[path] for path in expected})
 
 
-def _load(source: TensorSource, job: _Job, dtype: np.dtype) -> np.ndarray:
+def _arena(jobs: Sequence[_Job], dtype: np.dtype) -> buffers.Arena | None:
+    """Where all weights will lie side by side; None where devices have memory of their own."""
+    if jax.default_backend() != "cpu":
+        return None
+    return buffers.Arena(jax.ShapeDtypeStruct(job.shape, dtype) for job in jobs)
+
+
+def _load(
+    source: TensorSource, job: _Job, dtype: np.dtype, arena: buffers.Arena | None
+) -> np.ndarray:
     array = TRANSFORMS[job.transform].forward(source.read(job.source), job.shape)
     try:
         with np.errstate(over="raise"):
-            return _contiguous(array, dtype)
+            return _contiguous(array, dtype, arena)
     except FloatingPointError as error:
         raise CheckpointError(
             f"{source.location}: tensor {job.source!r} has values beyond the range of {dtype}: "
@@ -138,10 +149,11 @@ def _load(source: TensorSource, job: _Job, dtype: np.dtype) -> np.ndarray:
         ) from error
 
 
-def _contiguous(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if array.dtype == dtype and array.flags.c_contiguous:
+def _contiguous(array: np.ndarray, dtype: np.dtype, arena: buffers.Arena | None) -> np.ndarray:
+    if arena is None and array.dtype == dtype and array.flags.c_contiguous:
         return array
-    result = buffers.empty(array.shape, dtype)
+    make = buffers.empty if arena is None else arena.empty
+    result = make(array.shape, dtype)
     np.copyto(result, array, casting="unsafe")
     return result
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from checkpoints.atomic import refuse_existing
+from checkpoints.buffers import settle
 from checkpoints.errors import CheckpointError
 from checkpoints.json_files import read_json_object
 
@@ -72,8 +73,13 @@ def restore(
         target = _abstract(recorded, shardings)
         with _damage_named(folder):
             params = ocp.args.StandardRestore(target)
-            restored = checkpointer.restore(folder, args=ocp.args.Composite(params=params))
-    return config, restored.params
+            restored = checkpointer.restore(folder, args=ocp.args.Composite(params=params)).params
+    if shardings is not None or jax.default_backend() != "cpu":
+        return config, restored
+    leaves, structure = jax.tree.flatten(restored)
+    del restored  # so that each array goes as soon as it is copied
+    settle(leaves)
+    return config, jax.tree.unflatten(structure, leaves)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from scripts.bench_models import (
     DEFAULT,
     RANDOM_1B,
     BenchModel,
+    as_dtype,
     methods_at,
     named_model,
     random_prompt,
@@ -87,7 +88,7 @@ def against_torch(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any
     prompt, new = random_prompt(model.config, asked.prompt_tokens), asked.new_tokens
     torch_seconds = torch_step(model)
 
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    half = as_dtype(model.params, jnp.bfloat16)
 
     def ours(params: Params) -> float:
         result = run(params, model.config, Request([prompt], new))

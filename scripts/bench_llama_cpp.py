@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,7 +21,7 @@ from popjax.bench import Spread, interleaved, speedup_text
 from popjax.default_model import GGUF_MEMBER, default_model_wheel
 from popjax.families import family_of
 from popjax.run import Request, run
-from scripts.bench_models import BenchModel, random_prompt
+from scripts.bench_models import BenchModel, as_dtype, random_prompt
 
 KINDS = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
 
@@ -106,7 +105,7 @@ def against_llama_cpp(model: BenchModel, asked: argparse.Namespace) -> dict[str,
         for dtype, kind in KINDS.items():
             path = Path(folder) / f"{dtype}.gguf"
             written(model, path, kind)
-            params = jax.tree.map(lambda leaf, d=dtype: leaf.astype(jnp.dtype(d)), model.params)
+            params = as_dtype(model.params, jnp.dtype(dtype))
             measures = {"popjax": functools.partial(_ours, model, params, prompt, new)}
             for threads in (1, 2):
                 call = functools.partial(step_seconds, path, threads, prompt, new)

@@ -9,10 +9,12 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import popjax
+from checkpoints.buffers import settle
 from popjax import axes
 from popjax.bench import DENSE
 from popjax.config import ModelConfig
@@ -82,7 +84,16 @@ def random_model(raw: dict[str, Any], seed: int = 0) -> BenchModel:
             generator.standard_normal(out=values, dtype=np.float32)
             values *= 0.02
         group[name] = jnp.asarray(values)
-    return BenchModel(raw, config, params)
+    return BenchModel(raw, config, as_dtype(params, jnp.float32))
+
+
+def as_dtype(params: Params, dtype: Any) -> Params:
+    """The parameters in a dtype, copied to where loading puts them: large pages, side by side."""
+    leaves, structure = jax.tree.flatten(params)
+    del params
+    leaves = [leaf.astype(dtype) for leaf in leaves]
+    settle(leaves)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def random_prompt(config: ModelConfig, tokens: int) -> list[int]:

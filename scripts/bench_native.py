@@ -24,14 +24,14 @@ from popjax.methods import Method, OnlinePruning, RescoreAll
 from popjax.report import bytes_per_token
 from popjax.run import Request, run
 from popjax.sparsity import ChannelPartition, Params, Partitions
-from scripts.bench_models import BenchModel, random_prompt
+from scripts.bench_models import BenchModel, as_dtype, random_prompt
 
 BATCHES = (1, 4, 16)
 
 
 def bandwidth_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
     """Dense decode in float32 and bfloat16 and with scattered rows, as a share of plain reading."""
-    half = _half(model.params)
+    half = as_dtype(model.params, jnp.bfloat16)
     scattered = _scattered_request(model, asked)
     dense = Request([random_prompt(model.config, asked.prompt_tokens)], asked.new_tokens)
     cases: dict[str, tuple[Params, Request, int]] = {
@@ -138,10 +138,6 @@ def choosing_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, 
 def _step_seconds(model: BenchModel, params: Params, request: Request) -> float:
     result = run(params, model.config, request)
     return result.seconds["decode"] / (result.steps - 1)
-
-
-def _half(params: Params) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
 
 
 def _scattered(model: BenchModel) -> Partitions:

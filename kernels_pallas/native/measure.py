@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import native
+from kernels_pallas.gather_rows import memory
 from kernels_pallas.native.cost import DTYPES, FEW, FORMS, MANY, OPERATIONS, Costs, Line
 from kernels_pallas.row_products import contract, contract_rows, expand, expand_rows
 
@@ -45,7 +46,7 @@ def read_bandwidth(rounds: int = 9, width: int = _WIDTH, share: float = 1.0) -> 
     Below 1, only that `share` of its rows of `width` floats is read, by index: what the memory
     allows a kernel that reads scattered rows.
     """
-    data = jnp.ones((_READ // width, width), jnp.float32)
+    (data,) = _filled([(_READ // width, width)], "float32")
     chosen = _scattered(data.shape[0], share) if share < 1 else np.zeros(0, np.int32)
     rows, result = jnp.asarray(chosen), jax.ShapeDtypeStruct((1,), jnp.float32)
     best = float("inf")
@@ -105,7 +106,15 @@ def scattered_bandwidth(rounds: int = _ROUNDS) -> dict[str, float]:
 
 
 def _matrices(dtype: str) -> list[jax.Array]:
-    return [jnp.full((_ROWS, _WIDTH), 0.01, jnp.dtype(dtype)) for _ in range(_MATRICES)]
+    return _filled([(_ROWS, _WIDTH)] * _MATRICES, dtype)
+
+
+def _filled(shapes: list[tuple[int, ...]], dtype: str) -> list[jax.Array]:
+    """Arrays in pages as large as those of weights."""
+    arrays = memory.empty(shapes, [np.dtype(jnp.dtype(dtype))] * len(shapes))
+    for array in arrays:
+        array[...] = 0.01
+    return jax.device_put(arrays)
 
 
 def _product(

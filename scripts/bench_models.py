@@ -10,11 +10,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import popjax
-from checkpoints.buffers import settle
+from checkpoints.buffers import Arena, settle
 from popjax import axes
 from popjax.bench import DENSE
 from popjax.config import ModelConfig
@@ -75,22 +74,25 @@ def _loadable(name: str) -> str | None:
 def random_model(raw: dict[str, Any], seed: int = 0) -> BenchModel:
     """Normal(0.02) weights of a config, scales one, made tensor by tensor."""
     config, generator = model_config(raw), np.random.default_rng(seed)
+    shapes, dtype = axes.parameter_shapes(config), np.dtype(np.float32)
+    arena = Arena(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values())
     params: Params = {}
-    for path, shape in axes.parameter_shapes(config).items():
+    for path, shape in shapes.items():
         *parents, name = path.split("/")
         group = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)
-        values = np.ones(shape, np.float32)
-        if name != "scale":
-            generator.standard_normal(out=values, dtype=np.float32)
+        values = arena.empty(shape, dtype)
+        if name == "scale":
+            values[...] = 1
+        else:
+            generator.standard_normal(out=values, dtype=dtype)
             values *= 0.02
-        group[name] = jnp.asarray(values)
-    return BenchModel(raw, config, as_dtype(params, jnp.float32))
+        group[name] = jax.device_put(values)
+    return BenchModel(raw, config, params)
 
 
 def as_dtype(params: Params, dtype: Any) -> Params:
     """The parameters in a dtype, copied to where loading puts them: large pages, side by side."""
     leaves, structure = jax.tree.flatten(params)
-    del params
     leaves = [leaf.astype(dtype) for leaf in leaves]
     settle(leaves)
     return jax.tree.unflatten(structure, leaves)

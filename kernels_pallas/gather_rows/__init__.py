@@ -1,8 +1,10 @@
 """Copy of chosen rows of a matrix, which packs a partition once per prompt.
 
-Two implementations: `xla` (jnp.take, any device, inside or outside jit) and `host` (memory copies
-by NumPy; concrete arrays on one CPU device). XLA's CPU backend copies rows element by element at
-about 2.5 GB/s; NumPy's copies run at memory speed, so `host` is chosen where it can be.
+Implementations: `xla` (jnp.take, any device, inside or outside jit), `host` (memory copies by
+NumPy; concrete arrays on one CPU device), `pallas_tpu` (copies within a TPU's memory, of rows kept
+as whole tiles [F, D/128, 128]) and `pallas_interpret` (the same, interpreted). XLA's CPU backend
+copies rows element by element at about 2.5 GB/s; NumPy's copies run at memory speed, so `host` is
+chosen where it can be. On a TPU XLA holds the result twice, the kernel once.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kernels_pallas.gather_rows import memory
+from kernels_pallas.gather_rows import memory, tpu
+from kernels_pallas.row_products.tpu import LANES, tile_rows
 
-IMPLEMENTATIONS = ("xla", "host")
+IMPLEMENTATIONS = ("xla", "host", "pallas_tpu", "pallas_interpret")
 # Copies smaller than this are over before a second thread has begun.
 _SPLIT_BYTES = 2**23
 _WORKERS = os.cpu_count() or 1
@@ -55,11 +58,23 @@ def gather_all(
     if implementation == "host" and not on_host:
         raise ValueError("gather_rows 'host' needs a concrete array on one CPU device: use 'xla'")
     pairs = list(zip(weights, rows, strict=True))
+    if implementation in ("pallas_tpu", "pallas_interpret"):
+        return [_copied(w, r, implementation == "pallas_interpret") for w, r in pairs]
     if implementation == "xla" or not on_host:
         return [jnp.take(w, r, axis=0) for w, r in pairs]
     packed = _host_gather([(np.asarray(w), np.asarray(r)) for w, r in pairs])
     # device_put takes the buffer as it is; jnp.asarray would copy it once more.
     return jax.device_put(packed, [w.sharding for w in weights])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _copied(w: jax.Array, rows: jax.Array, interpret: bool) -> jax.Array:
+    if w.ndim != 3 or w.shape[-1] != LANES or w.shape[1] % tile_rows(w.dtype):
+        raise ValueError(
+            f"gather_rows 'pallas_tpu' copies rows kept as whole tiles [F,D/128,128], got "
+            f"{w.shape} in {w.dtype}: use 'xla'"
+        )
+    return tpu.gather(w, rows.astype(jnp.int32), interpret)
 
 
 def _on_one_cpu(w: jax.Array) -> bool:

@@ -3,14 +3,20 @@
 Implementations. `xla`: unchosen channels are multiplied by zero and every row of `down` is read.
 `xla_gathered`: only the chosen rows of `down` are, which on XLA's CPU backend costs three to four
 times a dense product (measured). `native`: the CPU kernels, which read only what is used.
-`auto`: native where the cost model finds it faster, else xla.
+`auto`: native where the cost model finds it faster, else xla. `pallas_tpu` and `pallas_gpu`: the
+kernels of an accelerator; `pallas_interpret`: those for TPUs interpreted on any device, slowly, to
+check them.
 """
 
 from __future__ import annotations
 
-import jax
+import math
+from typing import Any
 
-from kernels_pallas.masked_mlp import native
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masked_mlp import listed, native
 from kernels_pallas.masked_mlp.reference import (
     ACTIVATIONS,
     gated_channels,
@@ -18,40 +24,47 @@ from kernels_pallas.masked_mlp.reference import (
     project_gathered,
 )
 from kernels_pallas.masked_mlp.selection import POINTS, Selection, choose, select_top
+from kernels_pallas.masked_mlp.tpu import TpuAccess
 from kernels_pallas.native.cost import prefers_native
-from kernels_pallas.row_products import expand
+from kernels_pallas.row_products import contract, expand
+from kernels_pallas.row_products.tpu import LANES
+from kernels_pallas.row_products.tpu import obstacle as tpu_obstacle
 
-IMPLEMENTATIONS = ("xla", "xla_gathered", "native", "auto")
+PALLAS = ("pallas_tpu", "pallas_gpu", "pallas_interpret")
+IMPLEMENTATIONS = ("xla", "xla_gathered", "native", "auto", *PALLAS)
 
 
 def masked_mlp(
     x: jax.Array,
-    gate: jax.Array,
+    gate: jax.Array | None,
     up: jax.Array,
     down: jax.Array,
     *,
     activation: str,
     selection: Selection | None = None,
     given: jax.Array | None = None,
+    rows: jax.Array | None = None,
     implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask [B or 1, T, E] in use, None where every channel was on.
 
-    x [B, T, D]; gate, up, down [E, D], the evaluated channels. `selection` chooses for every token;
-    a bool mask `given` [B or 1, T, E] replaces it. Raises ValueError for shapes that disagree and
-    unknown names.
+    x [B, T, D]; gate, up, down [E, D], the evaluated channels; or [F, D/128, 128] of which `rows`
+    [E] int32 are evaluated (all without it), fetched one by one on `pallas_tpu`. `selection`
+    chooses for every token; a bool mask `given` [B or 1, T, E] replaces it. Without a gate, h is
+    act(x up^T). Raises ValueError for shapes that disagree and unknown names.
     """
-    if not gate.shape == up.shape == down.shape or x.shape[-1] != gate.shape[1]:
-        raise ValueError(
-            f"masked_mlp needs x [B,T,D] and gate, up, down [E,D], got {x.shape}, {gate.shape}, "
-            f"{up.shape}, {down.shape}"
-        )
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"masked_mlp implementation {implementation!r} is unknown: use one of {IMPLEMENTATIONS}"
-        )
-    if selection is not None and selection.point not in POINTS:
-        raise ValueError(f"selection point {selection.point!r} is unknown: use one of {POINTS}")
+    _check(x, (gate, up, down), selection, rows, implementation)
+    if implementation in PALLAS:
+        options = {"activation": activation, "selection": selection, "given": given, "rows": rows}
+        return listed.masked_mlp(x, gate, up, down, _access(implementation), **options)
+    if up.ndim == 3:
+        gate = None if gate is None else _evaluated(gate, rows)
+        up, down = _evaluated(up, rows), _evaluated(down, rows)
+    if gate is None:
+        h = ACTIVATIONS[activation](expand(x, up, _products(implementation)))
+        mask = choose(h, selection) if given is None and selection is not None else given
+        held = h if mask is None else jnp.where(mask, h, jnp.zeros((), h.dtype))
+        return contract(held, down, _products(implementation)), mask
     if _native(x, gate, selection, implementation):
         options = {"activation": activation, "selection": selection, "given": given}
         return native.masked_mlp(x, gate, up, down, **options)
@@ -65,6 +78,71 @@ def masked_mlp(
     if mask is not None and implementation == "xla_gathered":
         return project_gathered(h, down, mask, _active(selection, mask)), mask
     return project(h, down, mask), mask
+
+
+def _products(implementation: str) -> str:
+    """The implementation of row_products that goes with one of masked_mlp."""
+    return implementation if implementation in ("native", "auto") else "xla"
+
+
+def _evaluated(w: jax.Array, rows: jax.Array | None) -> jax.Array:
+    flat = w.reshape(w.shape[0], -1)
+    return flat if rows is None else flat[rows]
+
+
+def _check(
+    x: jax.Array,
+    weights: tuple[jax.Array | None, jax.Array, jax.Array],
+    selection: Selection | None,
+    rows: jax.Array | None,
+    implementation: str,
+) -> None:
+    shapes = {w.shape for w in weights if w is not None}
+    up = weights[1]
+    if len(shapes) > 1 or x.shape[-1] != math.prod(up.shape[1:]):
+        found = ", ".join("none" if w is None else str(w.shape) for w in weights)
+        raise ValueError(
+            f"masked_mlp needs x [B,T,D] and gate, up, down [E,D], got {x.shape}, {found}"
+        )
+    if rows is not None and up.ndim == 2 and implementation != "pallas_gpu":
+        raise ValueError(
+            f"masked_mlp takes rows of weights [F,D/128,128] only, got {up.shape}: pack the rows"
+        )
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"masked_mlp implementation {implementation!r} is unknown: use one of {IMPLEMENTATIONS}"
+        )
+    if selection is not None and selection.point not in POINTS:
+        raise ValueError(f"selection point {selection.point!r} is unknown: use one of {POINTS}")
+    reason = pallas_obstacle(implementation, up, x.shape[0] * x.shape[1])
+    if reason is not None:
+        raise ValueError(f"masked_mlp cannot run on {implementation!r}: {reason}")
+
+
+def pallas_obstacle(implementation: str, w: Any, vectors: int) -> str | None:
+    """Why an accelerator's kernels cannot serve w [F, D] or [F, D/128, 128]; None where they can.
+
+    Of no concern to other implementations.
+    """
+    if implementation == "pallas_gpu":
+        from kernels_pallas.masked_mlp import gpu
+
+        return gpu.obstacle(w, vectors)
+    if implementation == "pallas_tpu" and w.shape[-1] % LANES:
+        return (
+            f"D = {w.shape[-1]} is no multiple of {LANES}: a TPU keeps such a matrix by columns, "
+            "and would copy it for every call"
+        )
+    return tpu_obstacle(w, vectors) if implementation in PALLAS else None
+
+
+def _access(implementation: str) -> listed.Access:
+    if implementation == "pallas_gpu":
+        # Mosaic GPU is imported where it is used: jax 0.10 warns of what it lacks.
+        from kernels_pallas.masked_mlp.gpu import GpuAccess
+
+        return GpuAccess()
+    return TpuAccess(interpret=implementation == "pallas_interpret")
 
 
 def _native(
@@ -86,11 +164,13 @@ def _active(selection: Selection | None, mask: jax.Array) -> int:
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
+    "PALLAS",
     "POINTS",
     "Selection",
     "choose",
     "gated_channels",
     "masked_mlp",
+    "pallas_obstacle",
     "project",
     "project_gathered",
     "select_top",

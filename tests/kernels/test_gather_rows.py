@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.gather_rows import IMPLEMENTATIONS, gather_all, gather_rows
+from kernels_pallas.gather_rows import gather_all, gather_rows, tpu
 
+# Those for matrices of any shape.
+PLAIN = ("xla", "host")
 ROWS = [[], [0], [4, 0, 2], [1, 1, 1], list(range(7)), list(range(6, -1, -1))]
 
 
@@ -15,7 +18,7 @@ def matrix(dtype: str, width: int = 5) -> np.ndarray:
     return np.asarray(jnp.asarray(values, jnp.dtype(dtype)))
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", [None, *PLAIN])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_rows_in_the_order_asked_for(
@@ -28,7 +31,7 @@ def test_rows_in_the_order_asked_for(
     assert np.array_equal(np.asarray(out), w[np.asarray(rows, int)])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PLAIN)
 def test_the_copy_outlives_its_source(implementation: str) -> None:
     w = jnp.asarray(matrix("float32", width=64))
     wanted = np.asarray(w)[[3, 1]].copy()
@@ -61,7 +64,7 @@ def test_an_unknown_implementation_is_refused() -> None:
         gather_rows(jnp.zeros((2, 2)), jnp.array([0]), "fast")
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", [None, *PLAIN])
 def test_many_matrices_at_once(implementation: str | None) -> None:
     weights = [matrix("float32"), matrix("bfloat16", 3), matrix("float32", 1)]
     rows = [[6, 0], [], [2, 2, 5]]
@@ -74,3 +77,31 @@ def test_many_matrices_at_once(implementation: str | None) -> None:
         assert array.dtype == w.dtype
         assert np.array_equal(np.asarray(array), w[np.asarray(r, int)])
     assert gather_all([], [], implementation) == []
+
+
+@pytest.mark.parametrize(("dtype", "tiles"), [("float32", 8), ("float32", 16), ("bfloat16", 16)])
+@pytest.mark.parametrize("count", [0, 1, 128, 129, 300])
+def test_rows_kept_as_tiles_are_copied_within_the_device(
+    count: int, dtype: str, tiles: int
+) -> None:
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((300, tiles, 128)), jnp.dtype(dtype))
+    rows = jnp.asarray(rng.permutation(300)[:count], jnp.int32)
+    out = gather_rows(w, rows, "pallas_interpret")
+    assert out.dtype == w.dtype and np.array_equal(np.asarray(out), np.asarray(w)[rows])
+
+
+def test_the_copies_race_with_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    w = jnp.arange(300 * 8 * 128, dtype=jnp.float32).reshape(300, 8, 128)
+    rows = jnp.asarray(np.random.default_rng(0).permutation(300)[:140], jnp.int32)
+    out = tpu.gather(w, rows, pltpu.InterpretParams(detect_races=True))
+    assert np.array_equal(np.asarray(out), np.asarray(w)[rows])
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "w", [jnp.zeros((4, 8)), jnp.zeros((4, 4, 128)), jnp.zeros((4, 8, 128), jnp.bfloat16)]
+)
+def test_rows_that_are_not_whole_tiles_are_refused(w: jax.Array) -> None:
+    with pytest.raises(ValueError, match=r"whole tiles \[F,D/128,128\], got"):
+        gather_rows(w, jnp.array([1]), "pallas_interpret")

@@ -26,6 +26,8 @@ from kernels_pallas.masked_mlp import (
     project_gathered,
 )
 
+# What runs without an accelerator.
+HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_tpu", "pallas_gpu")]
 SHAPES = [(1, 1, 8, 16), (3, 2, 8, 5), (2, 1, 1, 1), (1, 4, 33, 129), (1, 1, 8, 0)]
 # Roundings that a sum of n products may be off by, relative to the size of its terms.
 EPS = {"float32": float(np.finfo(np.float32).eps), "bfloat16": 2.0**-8}
@@ -67,7 +69,7 @@ def tolerance(D: int, F: int, dtype: str) -> float:
     return 10 * EPS[dtype] * (math.sqrt(D) + math.sqrt(F) + 1)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("share", ["none", "one", "half", "all"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -119,7 +121,7 @@ def test_the_kernels_over_drawn_shapes(
     assert (np.abs(np.asarray(out, np.float64) - wanted) <= atol).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str, implementation: str) -> None:
     weights = inputs(2, 3, 8, 16, "float32")
@@ -139,7 +141,7 @@ def test_activations_of_large_values(activation: str) -> None:
     np.testing.assert_allclose(np.asarray(out), wanted, rtol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_the_choice_sees_the_channels(implementation: str) -> None:
     weights = inputs(2, 1, 8, 16, "float32")
     loudness = np.abs(np.asarray(gated_channels(*weights[:3], activation="silu")))
@@ -292,3 +294,87 @@ def test_rows_are_not_gathered_without_a_fixed_count() -> None:
                 given=given,
                 implementation="xla_gathered",
             )
+
+
+def tiles(w: jax.Array) -> jax.Array:
+    return w.reshape(w.shape[0], -1, 128)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("point", [None, "given", *POINTS])
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("evaluated", [0, 1, 130, 300])
+def test_rows_of_the_full_weights_are_their_packed_copy(
+    evaluated: int, B: int, point: str | None, implementation: str
+) -> None:
+    """Rows named by index, with weights kept as tiles: nothing is packed."""
+    x, *weights = inputs(B, 1, 1024, 300, "float32")
+    rows = jnp.asarray(np.random.default_rng(0).permutation(300)[:evaluated], jnp.int32)
+    options: dict[str, Any] = {"activation": "silu"}
+    if point == "given":
+        options["given"] = random_mask(B, 1, evaluated, evaluated // 3)
+    elif point is not None:
+        candidates = evaluated * 2 // 3
+        options["selection"] = Selection(
+            num_candidate=candidates, k_selected=candidates // 2, point=point
+        )
+    held = [tiles(w) for w in weights]
+    out, mask = masked_mlp(x, *held, rows=rows, implementation=implementation, **options)
+    wanted, used = masked_mlp(x, *(w[rows] for w in weights), implementation="xla", **options)
+    atol = tolerance(1024, 300, "float32")
+    np.testing.assert_allclose(np.asarray(out), np.asarray(wanted), rtol=0, atol=atol)
+    assert (mask is None) == (used is None)
+    if mask is not None and used is not None:
+        assert (np.asarray(mask) == np.asarray(used)).all()
+
+
+@pytest.mark.parametrize("keep", [0, 20, 290])
+@pytest.mark.parametrize("point", POINTS)
+def test_weights_kept_as_tiles_are_read_in_rows_or_blocks(point: str, keep: int) -> None:
+    x, *weights = inputs(2, 1, 1024, 300, "float32")
+    selection = Selection(num_candidate=300, k_selected=keep, point=point)
+    options: dict[str, Any] = {"activation": "silu", "selection": selection}
+    held = [tiles(w) for w in weights]
+    out, mask = masked_mlp(x, *held, implementation="pallas_interpret", **options)
+    wanted, used = masked_mlp(x, *weights, implementation="xla", **options)
+    atol = tolerance(1024, 300, "float32")
+    np.testing.assert_allclose(np.asarray(out), np.asarray(wanted), rtol=0, atol=atol)
+    assert mask is not None and (np.asarray(mask) == np.asarray(used)).all()
+
+
+def test_what_the_tpu_kernels_cannot_run_is_refused() -> None:
+    arrays = inputs(1, 1, 8, 4, "float32")
+    options: dict[str, Any] = {"activation": "silu", "implementation": "pallas_interpret"}
+    half = [a.astype(jnp.float16) for a in arrays]
+    with pytest.raises(ValueError, match="'pallas_interpret': the weights are float16"):
+        masked_mlp(*half, **options)
+    many = jnp.zeros((65, 1, 8))
+    with pytest.raises(ValueError, match="65 vectors are more than the 64"):
+        masked_mlp(many, *arrays[1:], **options)
+    with pytest.raises(ValueError, match=r"rows of weights \[F,D/128,128\] only, got \(4, 8\)"):
+        masked_mlp(*arrays, rows=jnp.arange(2), **options)
+    for name, reason in (("pallas_tpu", "D = 8 is no multiple of 128"), ("pallas_gpu", "of 64")):
+        with pytest.raises(ValueError, match=reason):
+            masked_mlp(*arrays, **{**options, "implementation": name})
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("choice", ["all", "given", "scored"])
+def test_a_layer_without_a_gate(choice: str, activation: str, implementation: str) -> None:
+    x, _, up, down = inputs(2, 1, 24, 150, "float32")
+    options: dict[str, Any] = {"activation": activation, "implementation": implementation}
+    if choice == "given":
+        options["given"] = random_mask(2, 1, 150, 60)
+    elif choice == "scored":
+        options["selection"] = Selection(num_candidate=100, k_selected=30)
+    if implementation == "xla_gathered":
+        options["selection"] = Selection(num_candidate=150, k_selected=60)
+    out, mask = masked_mlp(x, None, up, down, **options)
+    h = OPENED[activation](np.asarray(x, np.float64) @ np.asarray(up, np.float64).T)
+    on = np.ones(h.shape, bool) if mask is None else np.asarray(mask)
+    if choice == "scored" and implementation != "xla_gathered":
+        loud = np.abs(h[..., 50:])
+        assert (on[..., 50:] == (loud >= np.sort(loud)[..., -30:-29])).all() and on[..., :50].all()
+    wanted = np.where(on, h, 0) @ np.asarray(down, np.float64)
+    np.testing.assert_allclose(np.asarray(out), wanted, rtol=0, atol=tolerance(24, 150, "float32"))

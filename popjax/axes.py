@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from jax.sharding import PartitionSpec
 
@@ -45,8 +45,17 @@ PARAMETERS: dict[str, str] = {
     "layer_{i}/mlp/down": "FD",
 }
 
-# Letters that a tensor-parallel mesh splits; every other letter is replicated.
-TENSOR_PARALLEL: Mapping[str, str] = {"N": "model", "K": "model", "F": "model", "V": "model"}
+# Letter -> the mesh axis that splits it, or several, the first varying slowest.
+Rules = Mapping[str, str | tuple[str, ...]]
+# "group" is for more devices than key/value heads: the devices of a group hold the same heads. No
+# parameter has B, which is here for activations. Every other letter is replicated.
+TENSOR_PARALLEL: Rules = {
+    "B": "data",
+    "N": ("model", "group"),
+    "K": "model",
+    "F": ("model", "group"),
+    "V": ("model", "group"),
+}
 
 
 @functools.cache
@@ -125,16 +134,36 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(dims) for dims in parameter_shapes(config).values())
 
 
-def partition_spec(path: str, rules: Mapping[str, str] = TENSOR_PARALLEL) -> PartitionSpec:
-    """Partition spec of the parameter at `path` under `rules` (letter -> mesh axis).
+def partition_spec(
+    path: str, rules: Rules = TENSOR_PARALLEL, mesh_axes: Iterable[str] | None = None
+) -> PartitionSpec:
+    """Partition spec of the parameter at `path`; see `spec`. ValueError for a path unknown."""
+    return spec(letters(path), rules, mesh_axes)
 
-    Raises ValueError when two letters of one parameter would use the same mesh axis.
+
+def spec(
+    letters: str, rules: Rules = TENSOR_PARALLEL, mesh_axes: Iterable[str] | None = None
+) -> PartitionSpec:
+    """Partition spec of an array whose (leading) axes are `letters` under `rules`.
+
+    mesh_axes: those of the mesh it is for; axes of the rules that are not among them split nothing.
+    Raises ValueError when two letters of one array would use the same mesh axis.
     """
-    axes = [rules.get(letter) for letter in letters(path)]
-    used = [axis for axis in axes if axis is not None]
+    entries = [_axes_of(letter, rules, mesh_axes) for letter in letters]
+    used = [axis for names in entries for axis in names]
     if len(used) != len(set(used)):
         raise ValueError(
-            f"parameter {path!r} ({letters(path)}) would use one mesh axis twice under "
-            f"{dict(rules)}: give each of its letters an axis of its own"
+            f"an array of axes {letters!r} would use one mesh axis twice under {dict(rules)}: "
+            "give each of its letters an axis of its own"
         )
-    return PartitionSpec(*axes)
+    return PartitionSpec(*(_entry(names) for names in entries))
+
+
+def _axes_of(letter: str, rules: Rules, mesh_axes: Iterable[str] | None) -> tuple[str, ...]:
+    found = rules.get(letter, ())
+    names = (found,) if isinstance(found, str) else found
+    return tuple(name for name in names if mesh_axes is None or name in mesh_axes)
+
+
+def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return names if len(names) > 1 else names[0] if names else None

@@ -8,11 +8,13 @@ continuation in one prefill would exercise no decode-time sparsity at all. Leave
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from popjax import renumbering, sharding
 from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, bucket, left_padded
 from popjax.methods import Method
@@ -55,27 +57,26 @@ def continuation_logits(
     replaces the one that the prefixes would decide. Raises ValueError as `continuation_logprobs`.
     """
     method = method.for_model(config)
+    mesh = sharding.mesh_of(params, config)
     partition = _checked(config, method, prefixes, continuations, partition)
-    inputs = left_padded(prefixes)
+    partition = renumbering.to_shards(partition, config, mesh)
+    inputs = sharding.placed(left_padded(prefixes), "B", mesh)
+    static: dict[str, Any] = {"method": method, "mesh": mesh}
     steps = max(len(row) for row in continuations) - 1
     room = bucket(steps) if steps else 0
+    capacity = inputs.tokens.shape[1] + room
     outputs = PROGRAMS.prefill(
-        params,
-        inputs,
-        partition,
-        config=config,
-        method=method,
-        capacity=inputs.tokens.shape[1] + room,
+        params, inputs, partition, config=config, capacity=capacity, **static
     )
     first = outputs.logits[:, None, :]
     if not steps:
         return first
     if partition is None:
-        partition = plan_channels(outputs.statistics, config, method)
+        partition = plan_channels(outputs.statistics, config, method, mesh)
     if partition is not None:
-        params, config, partition = pack(params, config, partition)
-    given = _given_tokens(prefixes, continuations, room)
-    rest = PROGRAMS.score(params, given, outputs.cache, partition, config=config, method=method)
+        params, config, partition = pack(params, config, partition, mesh)
+    given = sharding.placed(_given_tokens(prefixes, continuations, room), "B", mesh)
+    rest = PROGRAMS.score(params, given, outputs.cache, partition, config=config, **static)
     return jnp.concatenate([first, rest], axis=1)
 
 

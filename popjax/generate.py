@@ -2,7 +2,8 @@
 
 Every phase is one compiled program over explicit parameters, partition and masks. Lengths are
 rounded up to buckets, so a second prompt of a bucket compiles nothing. Text, checkpoints and
-reports are elsewhere (`model.py`, `report.py`); `run.py` drives the phases.
+reports are elsewhere (`model.py`, `report.py`); `run.py` drives the phases. With a `mesh` each
+program runs on the shards of every device at once (`sharding.py`); configs are of the whole model.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from popjax import cache as kv
+from popjax import sharding
 from popjax.config import ModelConfig
 from popjax.methods import Method
 from popjax.nn.transformer import Inputs, Outputs, Transformer
@@ -51,14 +54,31 @@ class DecodeState:
     seen: jax.Array | None
 
 
+def _letters() -> tuple[Outputs, DecodeState]:
+    """Outputs of prefill and DecodeState with axis letters in place of arrays."""
+    everywhere, rows, heads, channels, masks = cast(Any, ("", "B", "BK", "F", "TBF"))
+    cache = kv.Cache(layers=heads, positions=rows, length=everywhere)
+    state: dict[str, Any] = {field.name: rows for field in dataclasses.fields(DecodeState)}
+    state |= {"step": everywhere, "cache": cache, "masks": masks}
+    return Outputs(rows, cache, statistics=channels), DecodeState(**state)
+
+
+# What a mesh splits. The leading axis of a method's statistics is F.
+OUTPUTS, STATE = _letters()
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static switches of a run: which by-products are kept, and how decode steps are computed."""
+    """Static switches of a run: which by-products are kept, and how decode steps are computed.
+
+    pack: whether the rows of a partition are copied side by side, or fetched by index.
+    """
 
     logprobs: bool = False
     logits: bool = False
     record_masks: bool = False
     implementation: str | None = None
+    pack: bool = True
 
 
 def bucket(length: int, smallest: int = 16) -> int:
@@ -86,6 +106,7 @@ def left_padded(prompts: Sequence[Sequence[int]], length: int | None = None) -> 
     return Inputs(jnp.asarray(tokens), jnp.asarray(positions))
 
 
+@sharding.over_mesh(sharding.param_letters, "B", "F", outs=OUTPUTS)
 def prefill(
     params: Params,
     inputs: Inputs,
@@ -94,16 +115,19 @@ def prefill(
     config: ModelConfig,
     method: Method,
     capacity: int,
+    mesh: Mesh | None = None,
 ) -> Outputs:
     """Run the prompt into a fresh cache of `capacity` slots; logits [B, V] of its last token."""
-    model = Transformer(config, method)
+    config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
+    model = Transformer(config, method, shards=shards)
     dtype = params["embed"]["table"].dtype
     cache = kv.empty(config, inputs.tokens.shape[0], capacity, dtype)
     return _apply(model, params, "prefill", inputs, cache, partition)
 
 
+@sharding.over_mesh("F", outs=("F", ""))
 def make_plan(
-    statistics: tuple[Any, ...], *, config: ModelConfig, method: Method
+    statistics: tuple[Any, ...], *, config: ModelConfig, method: Method, mesh: Mesh | None = None
 ) -> tuple[Plan, jax.Array]:
     """The method's plan, and whether each layer's statistic is finite [L]."""
     finite = [
@@ -112,9 +136,11 @@ def make_plan(
         else jnp.bool_(True)
         for statistic in statistics
     ]
-    return method.plan(config, statistics), jnp.stack(finite)
+    plan = method.plan(sharding.local_config(config, mesh), statistics)
+    return plan, sharding.on_all(jnp.stack(finite), mesh)
 
 
+@sharding.over_mesh(sharding.param_letters, "B", OUTPUTS.cache, "F", outs="B")
 def score(
     params: Params,
     inputs: Inputs,
@@ -123,9 +149,11 @@ def score(
     *,
     config: ModelConfig,
     method: Method,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Logits [B, T, V] of given tokens decoded after a prefill, each masked as its own step."""
-    model = Transformer(config, method)
+    config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
+    model = Transformer(config, method, shards=shards)
     return _apply(model, params, "decode", inputs, cache, partition, None, True).logits
 
 
@@ -162,6 +190,7 @@ def emit(
     )
 
 
+@sharding.over_mesh(OUTPUTS.cache, "B", "B", "B", "TBF", "", outs=STATE)
 def start(
     cache: kv.Cache,
     logits: jax.Array,
@@ -173,6 +202,7 @@ def start(
     flags: SamplingFlags,
     options: Options,
     room: int,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """The decode state after prefill: buffers for `room` tokens, the first from logits [B, V]."""
     B, V = logits.shape
@@ -197,6 +227,7 @@ def start(
     return emit(state, logits, values, flags)
 
 
+@sharding.over_mesh(STATE, sharding.param_letters, "F", "TBF", "", "", outs=STATE)
 def decode(
     state: DecodeState,
     params: Params,
@@ -209,13 +240,15 @@ def decode(
     method: Method,
     flags: SamplingFlags,
     options: Options,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """Decode until `until` tokens are out or every row is done; the same program serves streaming.
 
     Reads only the parameters given, so packed ones make it touch only R u C. `replay` masks
     [steps, B or 1, R+C] a layer replace the method's own.
     """
-    model = Transformer(config, method, options.implementation or "xla")
+    config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
+    model = Transformer(config, method, options.implementation or "xla", shards)
 
     def going(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~jnp.all(state.done)
@@ -253,20 +286,22 @@ class Programs:
     """The compiled programs of the core. One set a process is enough: they hold no weights."""
 
     prefill: Program = dataclasses.field(
-        default_factory=lambda: Program(prefill, static=("config", "method", "capacity"))
+        default_factory=lambda: Program(prefill, static=("config", "method", "capacity", "mesh"))
     )
     plan: Program = dataclasses.field(
-        default_factory=lambda: Program(make_plan, static=("config", "method"))
+        default_factory=lambda: Program(make_plan, static=("config", "method", "mesh"))
     )
     score: Program = dataclasses.field(
-        default_factory=lambda: Program(score, static=("config", "method"))
+        default_factory=lambda: Program(score, static=("config", "method", "mesh"))
     )
     start: Program = dataclasses.field(
-        default_factory=lambda: Program(start, static=("flags", "options", "room"), donate=(0,))
+        default_factory=lambda: Program(
+            start, static=("flags", "options", "room", "mesh"), donate=(0,)
+        )
     )
     decode: Program = dataclasses.field(
         default_factory=lambda: Program(
-            decode, static=("config", "method", "flags", "options"), donate=(0,)
+            decode, static=("config", "method", "flags", "options", "mesh"), donate=(0,)
         )
     )
 

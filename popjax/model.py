@@ -15,15 +15,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import checkpoints
-from popjax import arguments, text
+from popjax import arguments, sharding, text
 from popjax.config import ModelConfig
 from popjax.generate import Masks, Options
 from popjax.gguf_tokenizer import end_token_ids, tokenizer_from_gguf
 from popjax.listening import Listener
 from popjax.loading import Source, open_source, read_params
 from popjax.methods import Method, method_name
+from popjax.packing import as_matrices, tiled_placer
 from popjax.report import Report, make_report
 from popjax.run import Request, run
 from popjax.sparsity import Params, Partitions
@@ -52,13 +54,14 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """Config, parameters and tokenizer of one checkpoint; see `load`."""
+    """Config, parameters and tokenizer of one checkpoint, and the mesh it runs on; see `load`."""
 
     name: str
     config: ModelConfig
     params: Params
     source: Source
     load_seconds: float
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -103,6 +106,7 @@ class LanguageModel:
         masks: Masks | None = None,
         streamer: Any = None,
         implementation: str | None = None,
+        pack: bool = True,
         **method_options: Any,
     ) -> Generation:
         """Generate text for one prompt or many.
@@ -112,6 +116,7 @@ class LanguageModel:
         Unset sampling arguments come from generation_config.json. seed: one for all rows, or one a
         row, which makes a row independent of its batch. streamer: a callable taking new text, or
         an object with put(ids) and end(), for one row. partition and masks replay an earlier run.
+        pack: False fetches rows by index instead of packing them (kernels of an accelerator).
         Raises ValueError for anything out of range before work begins.
         """
         prompt_ids = self.encode(prompts, chat=chat)
@@ -146,7 +151,7 @@ class LanguageModel:
             seed=seed,
             partition=partition,
             masks=masks,
-            options=Options(return_logprobs, return_logits, record_masks, implementation),
+            options=Options(return_logprobs, return_logits, record_masks, implementation, pack),
             on_chunk=listener,
         )
         return self._finish(request, listener)
@@ -203,7 +208,7 @@ class LanguageModel:
         # Every end token, a GGUF's too, so that the reloaded model stops where this one does.
         stated = {**self.source.generation, "eos_token_id": list(self.eos_token_ids) or None}
         files["generation_config.json"] = json.dumps(stated, indent=2).encode()
-        tensors = checkpoints.export(self.params, rows)
+        tensors = checkpoints.export(as_matrices(self.params, self.config), rows)
         checkpoints.save_safetensors(folder, tensors, config=raw, extra_files=files)
 
 
@@ -217,12 +222,18 @@ def load(
     local_files_only: bool = False,
     subfolder: str | None = None,
     check_tensors: bool = False,
+    mesh: Mesh | None = None,
+    tiles: bool | None = None,
 ) -> LanguageModel:
     """Load a model: a local folder, a .gguf file, a hub id, or the default model for None.
 
     dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU backend, bfloat16 elsewhere.
-    check_tensors: refuse weights with NaN or infinities. Raises CheckpointError for missing or
-    damaged files and ValueError for a model that popjax does not run.
+    check_tensors: refuse weights with NaN or infinities. mesh: run on these devices, each holding
+    its share of the heads, FFN channels and vocabulary: axis "model", and "group" beside it for
+    more devices than key/value heads (see `popjax.sharding`). tiles: keep the rows of FFN matrices
+    as whole tiles, which lets TPU kernels fetch them one by one; None does so on TPUs. Raises
+    CheckpointError for missing or damaged files and ValueError for a model that popjax does not
+    run, or not on this mesh.
     """
     source = open_source(
         name,
@@ -232,8 +243,11 @@ def load(
         local_files_only=local_files_only,
         subfolder=subfolder,
     )
-    params, seconds = read_params(source, dtype=dtype, check_tensors=check_tensors)
-    return LanguageModel(source.name, source.config, params, source, seconds)
+    place = None if mesh is None else sharding.placer(source.config, mesh)
+    if tiles or (tiles is None and jax.default_backend() == "tpu"):
+        place = tiled_placer(place or (lambda path, array: jax.device_put(array)))
+    params, seconds = read_params(source, dtype=dtype, check_tensors=check_tensors, place=place)
+    return LanguageModel(source.name, source.config, params, source, seconds, mesh)
 
 
 __all__ = ["Generation", "LanguageModel", "load"]

@@ -7,38 +7,42 @@ no tokenizer: `LanguageModel.save` writes a Hugging Face folder for that.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 import checkpoints
-from popjax import axes
+from popjax import axes, sharding
 from popjax.config import ModelConfig, from_json, to_json
+from popjax.packing import as_matrices
 from popjax.sparsity import Params
 
 
 def save_native(path: str | os.PathLike[str], config: ModelConfig, params: Params) -> Path:
     """Write config and parameters into a new folder; CheckpointError where it is not empty."""
-    return checkpoints.store.save(path, to_json(config), params)
+    return checkpoints.store.save(path, to_json(config), as_matrices(params, config))
 
 
 def restore_native(
     path: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    rules: Mapping[str, str] = axes.TENSOR_PARALLEL,
+    rules: axes.Rules | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Config and parameters from a folder that `save_native` wrote.
 
-    With a mesh every parameter is sharded by its axis letters under `rules` (letter -> mesh axis),
-    each device reading its own part. Raises CheckpointError for a damaged or foreign folder,
-    ValueError where a mesh axis does not divide a parameter.
+    With a mesh every parameter is sharded by its axis letters, each device reading its own part:
+    under `rules` (letter -> mesh axis), or as `popjax.load(mesh=...)` places them. Raises
+    CheckpointError for a damaged or foreign folder, ValueError where a mesh axis does not divide a
+    parameter.
     """
     shardings = None if mesh is None else _shardings(mesh, rules)
     values, params = checkpoints.store.restore(path, shardings=shardings)
     config = from_json(values)
+    if mesh is not None and rules is None:
+        sharding.validate(config, mesh)
     found = {"/".join(keys): leaf.shape for keys, leaf in _leaves(params)}
     expected = axes.parameter_shapes(config)
     if found != expected:
@@ -49,7 +53,9 @@ def restore_native(
     return config, params
 
 
-def _shardings(mesh: Mesh, rules: Mapping[str, str]) -> Callable[[str], NamedSharding]:
+def _shardings(mesh: Mesh, rules: axes.Rules | None) -> Callable[[str], NamedSharding]:
+    if rules is None:
+        return lambda path: sharding.named(axes.letters(path), mesh)
     return lambda path: NamedSharding(mesh, axes.partition_spec(path, rules))
 
 

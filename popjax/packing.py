@@ -7,30 +7,62 @@ Everything else of the model is shared, not copied. Leaves out which channels ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kernels_pallas.gather_rows import gather_all
+from kernels_pallas.row_products.tpu import LANES, tile_rows, tiled
+from popjax import sharding
 from popjax.config import ModelConfig
 from popjax.sparsity import ChannelPartition, Params, Partitions, keeps_order
 
 
 def pack(
-    params: Params, config: ModelConfig, partitions: Partitions
+    params: Params,
+    config: ModelConfig,
+    partitions: Partitions,
+    mesh: Mesh | None = None,
+    *,
+    copy: bool = True,
 ) -> tuple[Params, ModelConfig, Partitions]:
     """Parameters whose FFN rows are only [R | C], the config they fit, and partitions into them.
 
     Copies gate, up and down rows [R+C, D] once per prompt; all other arrays are shared, and a layer
-    that evaluates every channel keeps its weights. The full weights stay held by their owner.
+    that evaluates every channel keeps its weights. The full weights stay held by their owner. On a
+    mesh every device packs its own rows, at the places in its shard that the partitions name.
+    Without `copy` nothing is copied: decode steps fetch the rows from the full weights by index.
     """
+    if not copy:
+        if mesh is not None:
+            raise ValueError("rows cannot be left unpacked on several devices: pack with copy=True")
+        return params, config, _indexed(params, partitions)
     names = [f"layer_{i}" for i in range(config.num_layers)]
-    widths = [layer.mlp_dim for layer in config.layers]
-    mlps, parts = _pack_layers([params[name]["mlp"] for name in names], partitions, widths)
+    mlps = [params[name]["mlp"] for name in names]
+    if mesh is None:
+        mlps, parts = _pack_layers(mlps, partitions, [layer.mlp_dim for layer in config.layers])
+    else:
+        packed, parts = pack_shards(mlps, partitions, mesh=mesh)
+        mlps = [mlp if new is None else new for mlp, new in zip(mlps, packed, strict=True)]
     layers = {name: {**params[name], "mlp": mlp} for name, mlp in zip(names, mlps, strict=True)}
     narrow = config.with_mlp_dims(tuple(part.evaluated for part in parts))
     return {**params, **layers}, narrow, parts
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+@sharding.over_mesh("F", "F", outs="F")
+def pack_shards(
+    mlps: Sequence[Params], partitions: Partitions, *, mesh: Mesh
+) -> tuple[list[Params | None], Partitions]:
+    """FFN parameters of every layer on a mesh packed by shard, None for one that keeps its own."""
+    widths = [mlp["down"].shape[0] for mlp in mlps]
+    packed, parts = _pack_layers(mlps, partitions, widths)
+    triples = zip(packed, parts, widths, strict=True)
+    return [None if keeps_order(part, width) else mlp for mlp, part, width in triples], parts
 
 
 def pack_layer(
@@ -78,8 +110,52 @@ def _last_norms(downs: list[jax.Array], candidates: list[jax.Array]) -> list[jax
     return [down_norms(down[down.shape[0] - c.shape[0] :]) for down, c in pairs]
 
 
+def _indexed(params: Params, partitions: Partitions) -> Partitions:
+    """The partitions with norms of their candidates, as decoding by index wants them."""
+    downs = [params[f"layer_{i}"]["mlp"]["down"] for i in range(len(partitions))]
+    norms = [down_norms(down)[part.candidate] for down, part in zip(downs, partitions, strict=True)]
+    return tuple(
+        dataclasses.replace(part, candidate_norm=norm, packed=True, indexed=True)
+        for part, norm in zip(partitions, norms, strict=True)
+    )
+
+
 @jax.jit
 def down_norms(down: jax.Array) -> jax.Array:
     """L2 norm [F], float32, of every row of down [F, D]: how loudly a channel speaks."""
     down = down.astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(down * down, axis=-1))
+    return jnp.sqrt(jnp.sum(down * down, axis=tuple(range(1, down.ndim))))
+
+
+def as_tiles(params: Params, config: ModelConfig) -> Params:
+    """Parameters whose FFN matrices [F, D] are kept as [F, D/128, 128], for TPU kernels.
+
+    A row is then whole tiles of memory, one behind the other, and can be fetched alone. Other
+    consumers see [F, D]: a reshape, which XLA makes free. Unchanged where D is not whole tiles.
+    """
+    return _reformed(params, config, _tiles)
+
+
+def as_matrices(params: Params, config: ModelConfig) -> Params:
+    """Inverse of `as_tiles`."""
+    return _reformed(params, config, lambda w: w.reshape(w.shape[0], -1))
+
+
+def tiled_placer(place: Callable[[str, Any], jax.Array]) -> Callable[[str, Any], jax.Array]:
+    """`place(path, array)` that first makes FFN matrices tiles, as `as_tiles` does."""
+    return lambda path, array: place(path, _tiles(array) if "/mlp/" in path else array)
+
+
+def _tiles(w: Any) -> Any:
+    """w [F, D] of jax or NumPy as tiles where its rows are whole ones."""
+    if w.ndim != 2 or w.shape[1] % (LANES * tile_rows(w.dtype)):
+        return w
+    return tiled(w)
+
+
+def _reformed(
+    params: Params, config: ModelConfig, form: Callable[[jax.Array], jax.Array]
+) -> Params:
+    names = [f"layer_{i}" for i in range(config.num_layers)]
+    mlps = {name: {key: form(w) for key, w in params[name]["mlp"].items()} for name in names}
+    return {**params, **{name: {**params[name], "mlp": mlp} for name, mlp in mlps.items()}}

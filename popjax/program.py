@@ -16,7 +16,8 @@ import jax
 class Program:
     """`fn` compiled ahead of time once per (static values, argument shapes, dtypes, shardings).
 
-    Keyword arguments are static and hashable; positional ones are pytrees of arrays.
+    Keyword arguments are static and hashable, and None is the same as leaving one out; positional
+    ones are pytrees of arrays.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Program:
 
     def compiled(self, *args: Any, **static: Any) -> Any:
         """The executable for these arguments, compiled now if it is the first time."""
+        static = {name: value for name, value in static.items() if value is not None}
         leaves, tree = jax.tree.flatten(args)
         key = (
             tuple(sorted(static.items(), key=lambda item: item[0])),

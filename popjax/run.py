@@ -1,6 +1,7 @@
 """One run of the core from tokens to tokens: phases in order, each timed, errors before work.
 
-`generate.py` holds the programs; this file drives them from the host.
+`generate.py` holds the programs; this file drives them from the host, on the mesh that the
+parameters lie on where they do.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from kernels_pallas.choice import implementation_for
+from kernels_pallas.masked_mlp import PALLAS
 from popjax import cache as kv
+from popjax import renumbering, sharding
 from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, DecodeState, Masks, bucket, left_padded
 from popjax.methods import Method
+from popjax.nn.transformer import Inputs
 from popjax.packing import pack
 from popjax.request import Request, settled
-from popjax.sampling import row_keys
+from popjax.sampling import SamplingValues, row_keys
 from popjax.sparsity import Params, Partitions
 
 
@@ -75,56 +80,79 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     after prefill or decode for channel scores or logits that are not finite.
     """
     method = request.method.for_model(config)
+    mesh = sharding.mesh_of(params, config)
     request = settled(request, config, method)
-    implementation = implementation_for(request.options.implementation, params)
+    implementation = _implementation(request, params, mesh)
     options = dataclasses.replace(request.options, implementation=implementation)
     request = dataclasses.replace(request, options=options)
     clock, compiled = _Clock(), PROGRAMS.compilations
-    inputs = left_padded(request.prompts)
+    inputs, keys, values = _arguments(request, config, mesh)
+    partition = renumbering.to_shards(request.partition, config, mesh)
+    replay = renumbering.masks_to_shards(request.masks, request.partition, config, mesh)
     rows, T = inputs.tokens.shape
-    keys = row_keys(request.seed, rows)
     room = bucket(request.max_new_tokens)
     with clock.phase("prefill"):
-        outputs = PROGRAMS.prefill(
-            params, inputs, request.partition, config=config, method=method, capacity=T + room
-        )
+        static = {"config": config, "method": method, "mesh": mesh}
+        outputs = PROGRAMS.prefill(params, inputs, partition, **static, capacity=T + room)
         jax.block_until_ready(outputs)
     with clock.phase("plan"):
-        partition = request.partition or plan_channels(outputs.statistics, config, method)
+        partition = partition or plan_channels(outputs.statistics, config, method, mesh)
     packed_params, packed_config, packed = params, config, None
     with clock.phase("pack"):
         if partition is not None:
-            packed_params, packed_config, packed = pack(params, config, partition)
+            packed_params, packed_config, packed = pack(
+                params, config, partition, mesh, copy=request.options.pack
+            )
             jax.block_until_ready(packed_params)
-    flags = request.sampling.flags()
-    values = request.sampling.values(request.eos_ids, config.vocab_size)
     with clock.phase("decode"):
+        static = {"flags": request.sampling.flags(), "options": request.options, "mesh": mesh}
+        buffers = _mask_buffers(request, packed, rows, room, mesh)
         state = PROGRAMS.start(
-            outputs.cache,
-            outputs.logits,
-            inputs,
-            keys,
-            _mask_buffers(request, packed, rows, room),
-            values,
-            flags=flags,
-            options=request.options,
-            room=room,
+            outputs.cache, outputs.logits, inputs, keys, buffers, values, **static, room=room
         )
         del outputs
-        static = {"config": packed_config, "method": method, "flags": flags}
-        static["options"] = request.options
-        state = _decode(state, (packed_params, packed, request.masks, values), static, request)
+        static |= {"config": packed_config, "method": method}
+        state = _decode(state, (packed_params, packed, replay, values), static, request)
     _check_finite(state)
     compilations = PROGRAMS.compilations - compiled
     extra = _extra_bytes(params, packed_params)
+    partition = renumbering.from_shards(partition, config, mesh)
+    masks = renumbering.masks_from_shards(state.masks, partition, config, mesh)
+    state = dataclasses.replace(state, masks=masks)
     return _result(request, state, partition, clock, compilations, extra)
 
 
+def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
+    """What decode steps run on; ValueError where that cannot serve the request."""
+    matrix = params["layer_0"]["mlp"]["down"]
+    asked, vectors = request.options.implementation, len(request.prompts)
+    found = implementation_for(asked, params, matrix, vectors)
+    if request.options.pack:
+        return found
+    if mesh is not None or found not in PALLAS or (found != "pallas_gpu" and matrix.ndim == 2):
+        raise ValueError(
+            f"pack=False fetches rows by index, which {found!r} cannot from weights of shape "
+            f"{matrix.shape} on {1 if mesh is None else mesh.size} device(s): load the model with "
+            "tiles=True for 'pallas_tpu', or leave pack=True"
+        )
+    return found
+
+
+def _arguments(
+    request: Request, config: ModelConfig, mesh: Mesh | None
+) -> tuple[Inputs, jax.Array, SamplingValues]:
+    """Prompts, random keys and sampling values where the programs want them."""
+    inputs = left_padded(request.prompts)
+    keys = row_keys(request.seed, len(request.prompts))
+    values = request.sampling.values(request.eos_ids, config.vocab_size)
+    return sharding.placed((inputs, keys, values), ("B", "B", ""), mesh)
+
+
 def plan_channels(
-    statistics: tuple[Any, ...], config: ModelConfig, method: Method
+    statistics: tuple[Any, ...], config: ModelConfig, method: Method, mesh: Mesh | None = None
 ) -> Partitions | None:
     """The method's partition of every layer, None for dense; ValueError for scores not finite."""
-    plan, finite = PROGRAMS.plan(statistics, config=config, method=method)
+    plan, finite = PROGRAMS.plan(statistics, config=config, method=method, mesh=mesh)
     bad = np.flatnonzero(~np.asarray(finite)).tolist()
     if bad:
         raise ValueError(
@@ -150,28 +178,32 @@ def _check_finite(state: DecodeState) -> None:
 
 
 def _mask_buffers(
-    request: Request, packed: Partitions | None, rows: int, room: int
+    request: Request, packed: Partitions | None, rows: int, room: int, mesh: Mesh | None
 ) -> Masks | None:
     if packed is None or not request.options.record_masks:
         return None
-    return tuple(jnp.zeros((room - 1, rows, part.evaluated), bool) for part in packed)
+    device = None if mesh is None else sharding.named("TBF", mesh)
+    shapes = ((room - 1, rows, part.evaluated) for part in packed)
+    return tuple(jnp.zeros(shape, bool, device=device) for shape in shapes)
 
 
 def _decode(
     state: DecodeState, arguments: tuple[Any, ...], static: dict[str, Any], request: Request
 ) -> DecodeState:
     """Decode in one go, or in chunks where somebody listens; tokens are the same either way."""
-    total = request.max_new_tokens
+    total, mesh = request.max_new_tokens, static["mesh"]
     while True:
         until = total
         if request.on_chunk is not None:
             done = np.asarray(state.done)
             stop = request.on_chunk(np.asarray(state.tokens)[:, : int(state.step)], done)
-            state = dataclasses.replace(state, done=jnp.asarray(done | stop))
+            stopped = sharding.placed(jnp.asarray(done | stop), "B", mesh)
+            state = dataclasses.replace(state, done=stopped)
             until = min(int(state.step) + request.chunk, total)
         if int(state.step) >= total or bool(np.all(np.asarray(state.done))):
             return state
-        state = PROGRAMS.decode(state, *arguments, jnp.int32(until), **static)
+        limit = sharding.placed(jnp.int32(until), "", mesh)
+        state = PROGRAMS.decode(state, *arguments, limit, **static)
         jax.block_until_ready(state)
 
 

@@ -86,7 +86,8 @@ class ChannelPartition:
 
     Indices are int32 into the F channels, ascending; the others are off for this prompt.
     `k_selected` candidates are on in a step. `candidate_norm` [C], the L2 norms of their rows of
-    down, and `packed` (weights hold exactly [R | C], in that order) are filled in by `pack`.
+    down, and `packed` (weights hold exactly [R | C], in that order) are filled in by `pack`; so is
+    `indexed`, where decoding fetches these rows from the full weights instead.
     """
 
     retained: jax.Array
@@ -94,6 +95,7 @@ class ChannelPartition:
     candidate_norm: jax.Array | None = None
     k_selected: int = struct.field(pytree_node=False, default=0)
     packed: bool = struct.field(pytree_node=False, default=False)
+    indexed: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def num_retained(self) -> int:

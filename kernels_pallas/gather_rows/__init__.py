@@ -58,6 +58,8 @@ def gather_all(
     if implementation == "host" and not on_host:
         raise ValueError("gather_rows 'host' needs a concrete array on one CPU device: use 'xla'")
     pairs = list(zip(weights, rows, strict=True))
+    if implementation is None and all(map(_tiles_on_a_tpu, weights)):
+        implementation = "pallas_tpu"
     if implementation in ("pallas_tpu", "pallas_interpret"):
         return [_copied(w, r, implementation == "pallas_interpret") for w, r in pairs]
     if implementation == "xla" or not on_host:
@@ -77,11 +79,19 @@ def _copied(w: jax.Array, rows: jax.Array, interpret: bool) -> jax.Array:
     return tpu.gather(w, rows.astype(jnp.int32), interpret)
 
 
+def _tiles_on_a_tpu(w: jax.Array) -> bool:
+    return w.ndim == 3 and _on_one(w, "tpu")
+
+
 def _on_one_cpu(w: jax.Array) -> bool:
+    return _on_one(w, "cpu")
+
+
+def _on_one(w: jax.Array, platform: str) -> bool:
     if isinstance(w, Tracer):
         return False
     devices = w.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    return len(devices) == 1 and next(iter(devices)).platform == platform
 
 
 def _host_gather(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:

@@ -31,7 +31,7 @@ class Griffin(Method):
 
     def observe(self, params: Params, acts: LayerActs) -> jax.Array:
         h = acts.counted_channels()
-        lengths = jnp.sqrt(jnp.sum(h * h, axis=-1, keepdims=True))
+        lengths = jnp.sqrt(acts.over_channels(h * h))
         # A pad token is all zero: it stays zero instead of dividing by nothing.
         return token_norms(h / jnp.where(lengths > 0, lengths, 1.0))
 

@@ -23,7 +23,8 @@ class LayerActs:
 
     x [B, T, D] normed FFN input; residual [B, T, D] the stream it came from; valid [B, T] non-pad
     tokens. Channel activations are evaluated when first asked for: a statistic that does without
-    them leaves the layer free to evaluate only the channels that are kept.
+    them leaves the layer free to evaluate only the channels that are kept. On a mesh F are the
+    channels of one shard, and `shards` names the mesh axes that split them.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class LayerActs:
         valid: jax.Array,
         params: Params,
         activation: str,
+        shards: tuple[str, ...] | None = None,
     ) -> None:
         self.x, self.residual, self.valid = x, residual, valid
-        self.activation = activation
+        self.activation, self.shards = activation, shards
         self._params = params
         self._h: jax.Array | None = None
 
@@ -56,6 +58,11 @@ class LayerActs:
         h = self.channels().astype(jnp.float32)
         return jnp.where(self.valid[:, :, None], h, 0.0)
 
+    def over_channels(self, h: jax.Array) -> jax.Array:
+        """The sum [B, T, 1] of h [B, T, F] over all F channels, those of other shards too."""
+        total = jnp.sum(h, axis=-1, keepdims=True)
+        return total if self.shards is None else jax.lax.psum(total, self.shards)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -69,7 +76,7 @@ class Method:
         return self
 
     def observe(self, params: Params, acts: LayerActs) -> Any:
-        """Statistic of one layer during prefill (any pytree of arrays)."""
+        """Statistic of one layer during prefill: a pytree of arrays [F, ...], split by a mesh."""
         return ()
 
     def prefill_partition(

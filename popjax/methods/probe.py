@@ -42,4 +42,4 @@ def probe_acts(params: Params, acts: LayerActs) -> LayerActs:
         return array[chosen][:, order]
 
     valid = part(acts.valid) & taken[None, :]
-    return LayerActs(part(acts.x), part(acts.residual), valid, params, acts.activation)
+    return LayerActs(part(acts.x), part(acts.residual), valid, params, acts.activation, acts.shards)

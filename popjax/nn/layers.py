@@ -1,6 +1,7 @@
 """Linen shells: they declare the parameters that the axes table lists and call `ops`.
 
-Left out: what is pruned. The MLP asks the method; attention does not know of methods.
+Left out: what is pruned. The MLP asks the method; attention does not know of methods. On a mesh a
+shell holds one shard of its heads or channels, and `shards` names the mesh axes that split them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def declare(module: nn.Module, name: str, config: ModelConfig) -> jax.Array:
     return module.param(name, init, shape)
 
 
+def summed(y: jax.Array, shards: tuple[str, ...] | None) -> jax.Array:
+    """The sum of y over the shards of a mesh; y itself without one."""
+    return y if shards is None else jax.lax.psum(y, shards)
+
+
 class Norm(nn.Module):
     """RMS norm with a scale [D]."""
 
@@ -52,6 +58,7 @@ class Attention(nn.Module):
     config: ModelConfig
     layer: LayerConfig
     implementation: str = "xla"
+    shards: tuple[str, ...] | None = None
 
     @nn.compact
     def __call__(
@@ -73,6 +80,7 @@ class Attention(nn.Module):
             q, cache.k, cache.v, *positions, self.layer.window, self.implementation
         )
         y = ops.heads_out(out, declare(self, "o", self.config), self.implementation)
+        y = summed(y, self.shards)
         if self.config.o_bias:
             y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
         return y, cache
@@ -89,20 +97,33 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Gated feed-forward layer whose channels a method may observe, partition and mask."""
+    """Gated feed-forward layer whose channels a method may observe, partition and mask.
+
+    On a mesh its output is that of its own channels, to be summed over shards.
+    """
 
     config: ModelConfig
     layer: LayerConfig
     method: Method
     implementation: str = "xla"
+    shards: tuple[str, ...] | None = None
 
     def setup(self) -> None:
-        self.gate = declare(self, "gate", self.config)
-        self.up = declare(self, "up", self.config)
-        self.down = declare(self, "down", self.config)
+        self.gate, self.up, self.down = (self._matrix(name) for name in ("gate", "up", "down"))
+
+    def _matrix(self, name: str) -> jax.Array:
+        """The parameter [F, D], or [F, D/128, 128] where it is kept as tiles."""
+        held = self.get_variable("params", name)
+        if held is None or held.ndim == 2:
+            return declare(self, name, self.config)
+        F, D = axes.shape("/".join((*self.path, name)), self.config)
+        if held.shape != (F, D // held.shape[-1], held.shape[-1]):
+            raise ValueError(f"{name} has shape {held.shape}, expected {F} rows of {D} weights")
+        return held
 
     def _weights(self) -> Params:
-        return {"gate": self.gate, "up": self.up, "down": self.down}
+        matrices = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {name: w.reshape(w.shape[0], -1) for name, w in matrices.items()}
 
     def prefill(
         self,
@@ -117,15 +138,15 @@ class Mlp(nn.Module):
         tokens. `given` replaces the partition that the method would choose here.
         """
         weights, activation = self._weights(), self.config.activation
-        acts = LayerActs(x, residual, valid, weights, activation)
+        acts = LayerActs(x, residual, valid, weights, activation, self.shards)
         statistic = self.method.observe(weights, acts)
         part = self.method.prefill_partition(statistic, self.layer, given)
         if part is None or keeps_order(part, self.layer.mlp_dim):
-            return project(acts.channels(), self.down), statistic
+            return project(acts.channels(), weights["down"]), statistic
         if acts.evaluated:
             # Every channel was needed for the statistic: only the projection can be spared.
             kept = part.kept_mask(self.layer.mlp_dim)
-            return project(acts.channels(), self.down, kept), statistic
+            return project(acts.channels(), weights["down"], kept), statistic
         packed, _ = pack_layer(weights, part, self.layer.mlp_dim)
         h = gated_channels(x, packed["gate"], packed["up"], activation)
         return project(h, packed["down"]), statistic
@@ -155,5 +176,13 @@ class Mlp(nn.Module):
             activation=self.config.activation,
             selection=selection,
             given=recorded,
+            rows=_rows(part),
             implementation=self.implementation,
         )
+
+
+def _rows(part: ChannelPartition | None) -> jax.Array | None:
+    """The evaluated channels [R + C] of full weights; None where the weights are just those."""
+    if part is None or not part.indexed:
+        return None
+    return jnp.concatenate([part.retained, part.candidate])

@@ -2,7 +2,8 @@
 
 A loop, not lax.scan: layers may differ in width and window, and on the CPU backend a scan over
 stacked weights copies every layer before using it (4 against 25 GB/s measured).
-Left out: sampling, batching, packing. Families differ by config only.
+Left out: sampling, batching, packing. Families differ by config only. On a mesh the
+config is that of one shard, and `shards` names the mesh axes that split heads, channels and words.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from popjax.cache import Cache, write_positions
 from popjax.config import LayerConfig, ModelConfig
 from popjax.methods.method import Method
 from popjax.nn import ops
-from popjax.nn.layers import Attention, Mlp, Norm, declare
+from popjax.nn.layers import Attention, Mlp, Norm, declare, summed
 from popjax.sparsity import Partitions
 
 
@@ -49,15 +50,26 @@ class Embedding(nn.Module):
 
     config: ModelConfig
     implementation: str = "xla"
+    shards: tuple[str, ...] | None = None
 
     def setup(self) -> None:
         self.table = declare(self, "table", self.config)
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.table, tokens, axis=0, mode="clip")
+        if self.shards is None:
+            return jnp.take(self.table, tokens, axis=0, mode="clip")
+        # One shard has the row of a token, the others add zero.
+        rows = tokens - jax.lax.axis_index(self.shards) * self.table.shape[0]
+        here = (rows >= 0) & (rows < self.table.shape[0])
+        found = jnp.take(self.table, rows, axis=0, mode="clip")
+        found = jnp.where(here[:, :, None], found, jnp.zeros((), found.dtype))
+        return summed(found, self.shards)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        return ops.logits(x, self.table, self.implementation)
+        logits = ops.logits(x, self.table, self.implementation)
+        if self.shards is None:
+            return logits
+        return jax.lax.all_gather(logits, self.shards, axis=logits.ndim - 1, tiled=True)
 
 
 class Block(nn.Module):
@@ -67,12 +79,14 @@ class Block(nn.Module):
     layer: LayerConfig
     method: Method
     implementation: str = "xla"
+    shards: tuple[str, ...] | None = None
 
     def setup(self) -> None:
         self.attn_norm = Norm(self.config)
-        self.attn = Attention(self.config, self.layer, self.implementation)
+        place = (self.implementation, self.shards)
+        self.attn = Attention(self.config, self.layer, *place)
         self.mlp_norm = Norm(self.config)
-        self.mlp = Mlp(self.config, self.layer, self.method, self.implementation)
+        self.mlp = Mlp(self.config, self.layer, self.method, *place)
 
     def attend(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Any]:
         y, cache = self.attn(self.attn_norm(x), *context)
@@ -81,12 +95,12 @@ class Block(nn.Module):
     def prefill(self, x: jax.Array, valid: jax.Array, given: Any, *context: Any) -> Any:
         x, cache = self.attend(x, *context)
         y, statistic = self.mlp.prefill(self.mlp_norm(x), x, valid, given)
-        return x + y, cache, statistic
+        return x + summed(y, self.shards), cache, statistic
 
     def decode(self, x: jax.Array, valid: jax.Array, part: Any, mask: Any, *context: Any) -> Any:
         x, cache = self.attend(x, *context)
         y, mask = self.mlp.decode(self.mlp_norm(x), valid, part, mask)
-        return x + y, cache, mask
+        return x + summed(y, self.shards), cache, mask
 
 
 class Transformer(nn.Module):
@@ -95,15 +109,17 @@ class Transformer(nn.Module):
     config: ModelConfig
     method: Method
     implementation: str = "xla"
+    shards: tuple[str, ...] | None = None
 
     def setup(self) -> None:
-        self.embed = Embedding(self.config, self.implementation)
+        place = (self.implementation, self.shards)
+        self.embed = Embedding(self.config, *place)
         for i, layer in enumerate(self.config.layers):
-            block = Block(self.config, layer, self.method, self.implementation)
+            block = Block(self.config, layer, self.method, *place)
             setattr(self, f"layer_{i}", block)
         self.final_norm = Norm(self.config)
         if not self.config.tie_embeddings:
-            self.head = Embedding(self.config, self.implementation)
+            self.head = Embedding(self.config, *place)
 
     def prefill(
         self, inputs: Inputs, cache: Cache, partition: Partitions | None, all_logits: bool = False

@@ -69,15 +69,19 @@ def test_a_path_with_two_rows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("path", "spec"),
     [
-        ("embed/table", PartitionSpec("model", None)),
-        ("layer_0/attn/q", PartitionSpec("model", None, None)),
+        ("embed/table", PartitionSpec(("model", "group"), None)),
+        ("layer_0/attn/q", PartitionSpec(("model", "group"), None, None)),
         ("layer_0/attn/k_bias", PartitionSpec("model", None)),
-        ("layer_7/mlp/down", PartitionSpec("model", None)),
+        ("layer_7/mlp/down", PartitionSpec(("model", "group"), None)),
         ("final_norm/scale", PartitionSpec(None)),
     ],
 )
 def test_partition_specs_under_tensor_parallelism(path: str, spec: PartitionSpec) -> None:
     assert axes.partition_spec(path) == spec
+    # A mesh without groups, or without anything that splits a model.
+    names = [axis if axis is None else "model" for axis in spec]
+    assert axes.partition_spec(path, mesh_axes=("model",)) == PartitionSpec(*names)
+    assert axes.partition_spec(path, mesh_axes=("data",)) == PartitionSpec(*[None] * len(spec))
 
 
 def test_a_spec_that_uses_an_axis_twice_is_an_error() -> None:

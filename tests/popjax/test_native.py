@@ -45,7 +45,7 @@ def test_restore_onto_a_mesh_shards_by_letters(tmp_path, params):
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("model",))
     _, restored = restore_native(tmp_path / "own", mesh=mesh)
     up = restored["layer_1"]["mlp"]["up"]
-    assert up.sharding.spec == axes.partition_spec("layer_1/mlp/up")
+    assert up.sharding.spec == axes.partition_spec("layer_1/mlp/up", mesh_axes=("model",))
     assert [shard.data.shape for shard in up.addressable_shards] == [(24, 16)] * 2
     norm = restored["layer_0"]["attn_norm"]["scale"]
     assert [shard.data.shape for shard in norm.addressable_shards] == [(16,)] * 2

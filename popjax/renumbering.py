@@ -1,0 +1,119 @@
+"""Partitions and masks of a mesh run, counted by shard inside and over all channels outside.
+
+Inside, indices count from the start of their shard, and arrays are those of the shards one after
+the other: each device finds its own at its place. What callers give and get counts all F channels,
+as a run on one device does, so that the one replays on the other.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from popjax import sharding
+from popjax.config import ModelConfig
+from popjax.sparsity import ChannelPartition, Partitions
+
+Masks = tuple[jax.Array, ...]
+
+
+def to_shards(
+    partitions: Partitions | None, config: ModelConfig, mesh: Mesh | None
+) -> Partitions | None:
+    """Partitions of all F channels as a mesh run holds them: counted, and lying, by shard.
+
+    Raises ValueError unless every shard has as many retained, candidates and chosen.
+    """
+    if partitions is None or mesh is None:
+        return partitions
+    pairs = enumerate(zip(partitions, config.layers, strict=True))
+    shards = sharding.shard_count(mesh)
+    parts = tuple(_by_shard(i, part, y.mlp_dim // shards, shards) for i, (part, y) in pairs)
+    return sharding.placed(parts, "F", mesh)
+
+
+def _by_shard(i: int, part: ChannelPartition, width: int, shards: int) -> ChannelPartition:
+    sets = {"retained": np.asarray(part.retained), "candidate": np.asarray(part.candidate)}
+    for name, indices in sets.items():
+        counts = np.bincount(indices // width, minlength=shards)
+        if np.any(counts != counts[0]):
+            raise ValueError(
+                f"partition of layer {i} has {counts.tolist()} {name} channels on the {shards} "
+                "shards of F, which must be equal: use a partition made on this mesh"
+            )
+    if part.k_selected % shards:
+        raise ValueError(
+            f"k_selected {part.k_selected} of layer {i} is not a multiple of the {shards} shards "
+            "of F: use a partition made on this mesh"
+        )
+    retained, candidate = (jnp.asarray(indices % width, jnp.int32) for indices in sets.values())
+    return ChannelPartition(retained, candidate, k_selected=part.k_selected // shards)
+
+
+def from_shards(
+    partitions: Partitions | None, config: ModelConfig, mesh: Mesh | None
+) -> Partitions | None:
+    """Inverse of `to_shards`: partitions of all F channels, ascending, on the default device."""
+    if partitions is None or mesh is None:
+        return partitions
+    shards = sharding.shard_count(mesh)
+    pairs = zip(partitions, config.layers, strict=True)
+    return tuple(_over_all(part, layer.mlp_dim // shards, shards) for part, layer in pairs)
+
+
+def _over_all(part: ChannelPartition, width: int, shards: int) -> ChannelPartition:
+    starts = (np.arange(shards, dtype=np.int32) * width)[:, None]
+
+    def counted(indices: jax.Array) -> jax.Array:
+        return jnp.asarray((sharding.fetched(indices).reshape(shards, -1) + starts).reshape(-1))
+
+    return ChannelPartition(
+        counted(part.retained), counted(part.candidate), k_selected=part.k_selected * shards
+    )
+
+
+def masks_to_shards(
+    masks: Masks | None, partitions: Partitions | None, config: ModelConfig, mesh: Mesh | None
+) -> Masks | None:
+    """Masks [steps, B, R+C] a layer in the order of a partition of all F channels -> by shard.
+
+    Raises ValueError unless all shards have as many channels on in every step.
+    """
+    if masks is None or partitions is None or mesh is None:
+        return masks
+    pairs = zip(masks, _orders(partitions, config, mesh), strict=True)
+    by_shard = tuple(np.asarray(mask)[..., np.argsort(order)] for mask, order in pairs)
+    shards = sharding.shard_count(mesh)
+    for i, mask in enumerate(by_shard):
+        counts = mask.reshape(*mask.shape[:-1], shards, -1).sum(axis=-1).reshape(-1, shards)
+        uneven = counts[np.any(counts != counts[:, :1], axis=1)]
+        if uneven.size:
+            raise ValueError(
+                f"masks of layer {i} turn on {uneven[0].tolist()} channels on the {shards} shards "
+                "of F, which must be equal: use masks recorded on this mesh"
+            )
+    return sharding.placed(by_shard, "TBF", mesh)
+
+
+def masks_from_shards(
+    masks: Masks | None, partitions: Partitions | None, config: ModelConfig, mesh: Mesh | None
+) -> Masks | None:
+    """Inverse of `masks_to_shards`, on the default device."""
+    if masks is None or partitions is None or mesh is None:
+        return masks
+    pairs = zip(masks, _orders(partitions, config, mesh), strict=True)
+    return tuple(jnp.asarray(sharding.fetched(mask)[..., order]) for mask, order in pairs)
+
+
+def _orders(partitions: Partitions, config: ModelConfig, mesh: Mesh) -> list[np.ndarray]:
+    """Where each evaluated channel of a partition of all F stands among those of the shards."""
+    orders = []
+    for part, layer in zip(partitions, config.layers, strict=True):
+        places = np.arange(part.evaluated).reshape(sharding.shard_count(mesh), -1)
+        if part.evaluated < layer.mlp_dim:  # otherwise masks are in channel order on both sides
+            places = np.split(places, [part.num_retained // len(places)], axis=1)
+            places = np.concatenate([place.reshape(-1) for place in places])
+        orders.append(places.reshape(-1))
+    return orders

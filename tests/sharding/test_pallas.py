@@ -1,0 +1,61 @@
+"""The TPU kernels inside each shard of a mesh, interpreted: as XLA computes it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from popjax import sharding
+from popjax.families import model_config
+from popjax.generate import Options
+from popjax.methods import Method, OnlinePruning, RescoreAll
+from popjax.nn.transformer import init_params
+from popjax.packing import as_tiles
+from popjax.run import Request, run
+
+# Rows of whole tiles: 1024 weights.
+RAW = {
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "intermediate_size": 300,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize(
+    "method", [Method(), OnlinePruning(ratio=0.5), RescoreAll(0.6)], ids=lambda m: type(m).__name__
+)
+def test_each_shard_runs_the_kernels_on_its_own_channels(method: Method, tiles: bool) -> None:
+    config = model_config(RAW)
+    params = init_params(config, jax.random.key(0), jnp.float32)
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    held = as_tiles(params, config) if tiles else params
+    placed = sharding.placed_params(held, config, mesh)
+    request = Request([[3, 14, 15, 92, 65, 35], [8, 9, 7]], 6, method=method)
+    found = {
+        name: run(
+            placed, config, dataclasses.replace(request, options=Options(implementation=name))
+        )
+        for name in ("xla", "pallas_interpret")
+    }
+    assert found["pallas_interpret"].implementation == "pallas_interpret"
+    assert (found["xla"].tokens == found["pallas_interpret"].tokens).all()
+
+
+def test_rows_are_not_left_unpacked_on_a_mesh() -> None:
+    config = model_config(RAW)
+    params = as_tiles(init_params(config, jax.random.key(0), jnp.float32), config)
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    placed = sharding.placed_params(params, config, mesh)
+    how = Options(implementation="pallas_interpret", pack=False)
+    with pytest.raises(ValueError, match=r"pack=False .* on 2 device\(s\)"):
+        run(placed, config, Request([[1]], 2, method=OnlinePruning(ratio=0.5), options=how))

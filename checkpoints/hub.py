@@ -6,6 +6,7 @@ imported, so it is imported on use. Leaves out opening what was fetched.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
@@ -29,10 +30,12 @@ def fetch_folder(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     subfolder: str | None = None,
+    patterns: Sequence[str] = _WANTED,
 ) -> Path:
     """The local folder of a model: `name` itself if it is one, else its hub snapshot, fetched.
 
-    Arguments as in transformers. `CheckpointError` if it is not there, gated, or not reachable.
+    Arguments as in transformers; `patterns` of file names say what to fetch, by default all that
+    a model needs. `CheckpointError` if it is not there, gated, or not reachable.
     """
     inside = _checked_subfolder(subfolder)
     text = os.fspath(name)
@@ -53,7 +56,7 @@ def fetch_folder(
             token=token,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
-            allow_patterns=[prefix + pattern for pattern in _WANTED],
+            allow_patterns=[prefix + pattern for pattern in patterns],
             # The patterns' * also matches "/": keep to one folder.
             ignore_patterns=[f"{prefix}*/*"],
         )

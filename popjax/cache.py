@@ -58,14 +58,16 @@ def write_layer(layer: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) 
     return jax.lax.optimization_barrier(LayerCache(written(layer.k, k), written(layer.v, v)))
 
 
-def merged(cache: Cache) -> Cache:
+def merged(cache: Cache, bits: bool = True) -> Cache:
     """The cache with keys and values as [B*K, S, H], the form that a decode loop carries.
 
     In that form the batched products of attention take the carried array itself; from [B, K, S, H]
     XLA's CPU backend (jax 0.10) copies the whole cache four times a step. bfloat16 is carried as
     its bits, uint16: that backend would convert all of it to float32 and back to write one slot.
+    Without `bits` it stays as it is: on TPU the change of type is a copy of the whole cache.
     """
-    return _reshaped(cache, lambda x: _bits(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])))
+    form = _bits if bits else lambda x: x
+    return _reshaped(cache, lambda x: form(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])))
 
 
 def split(cache: Cache) -> Cache:

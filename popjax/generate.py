@@ -248,7 +248,8 @@ def decode(
     [steps, B or 1, R+C] a layer replace the method's own.
     """
     config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
-    model = Transformer(config, method, options.implementation or "xla", shards)
+    implementation = options.implementation or "xla"
+    model = Transformer(config, method, implementation, shards)
 
     def going(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~jnp.all(state.done)
@@ -265,7 +266,8 @@ def decode(
         )
         return emit(state, out.logits, values, flags)
 
-    state = dataclasses.replace(state, cache=kv.merged(state.cache))
+    bits = implementation != "pallas_tpu"
+    state = dataclasses.replace(state, cache=kv.merged(state.cache, bits))
     state = jax.lax.while_loop(going, step, state)
     return dataclasses.replace(state, cache=kv.split(state.cache))
 

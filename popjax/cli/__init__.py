@@ -1,4 +1,4 @@
-"""The command line: `popjax generate | chat | inspect | bench | show | doctor`.
+"""The command line: `popjax generate | chat | inspect | plan | bench | show | doctor`.
 
 One file a command; what they share is in `options.py` (arguments), `terminal.py` (where output goes
 and what an error becomes) and `tables.py`. Nothing here imports jax until a command runs, so help
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from popjax.cli import bench, chat, doctor, generate, inspect, show
+from popjax.cli import bench, chat, doctor, generate, inspect, plan, show
 from popjax.cli.terminal import SETTINGS, forgiving_streams
 
 EPILOG = (
@@ -32,6 +32,7 @@ for run in (
     generate.generate,
     chat.chat,
     inspect.inspect,
+    plan.plan,
     bench.bench,
     show.show,
     doctor.doctor,

@@ -64,7 +64,7 @@ def merged(cache: Cache, bits: bool = True) -> Cache:
     In that form the batched products of attention take the carried array itself; from [B, K, S, H]
     XLA's CPU backend (jax 0.10) copies the whole cache four times a step. bfloat16 is carried as
     its bits, uint16: that backend would convert all of it to float32 and back to write one slot.
-    Without `bits` it stays as it is: on TPU the change of type is a copy of the whole cache.
+    Without `bits` it stays as it is: on a TPU the change of type is a copy of the whole cache.
     """
     form = _bits if bits else lambda x: x
     return _reshaped(cache, lambda x: form(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])))

@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
+from kernels_pallas.masked_mlp import PALLAS
 from popjax import cache as kv
 from popjax import sharding
 from popjax.config import ModelConfig
@@ -266,7 +267,7 @@ def decode(
         )
         return emit(state, out.logits, values, flags)
 
-    bits = implementation != "pallas_tpu"
+    bits = implementation not in PALLAS
     state = dataclasses.replace(state, cache=kv.merged(state.cache, bits))
     state = jax.lax.while_loop(going, step, state)
     return dataclasses.replace(state, cache=kv.split(state.cache))

@@ -35,7 +35,10 @@ def written(model: BenchModel, target: Path, kind: gguf.GGMLQuantizationType) ->
     reader = gguf.GGUFReader(open_gguf(default_model_wheel(), member=GGUF_MEMBER).location)
     writer = gguf.GGUFWriter(target, "llama")
     for name, value in _sizes(model.raw).items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
+        if isinstance(value, float):
+            writer.add_float32(name, value)
+        else:
+            writer.add_uint32(name, value)
     for name, field in reader.fields.items():
         if name.startswith("tokenizer."):
             sub = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None

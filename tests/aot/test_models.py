@@ -18,7 +18,7 @@ from popjax.methods import Method, OnlinePruning
 from popjax.targets import parse_target
 from tests.popjax.published_models import LLAMA_31_8B, LLAMA_31_70B
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.slow]
 METHODS = {"dense": Method(), "online-pruning": OnlinePruning(ratio=0.5)}
 # Model, target, and the mesh that it is split over.
 PLACES: dict[str, tuple[dict[str, Any], str, dict[str, int]]] = {

@@ -65,6 +65,7 @@ def test_what_people_see(plan: Any) -> None:
         assert words in text
 
 
+@pytest.mark.slow
 def test_a_request_that_does_not_fit_leads_to_the_nearest_that_does(plan: Any) -> None:
     asked = ("--target", "v5e", "--batch", "256", "--json")
     result = plan(SMALL, "--context", "32768", *asked)

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.aot
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 # D and F.
 MODELS = {
-    "SmolLM2-135M": (576, 1536),
     "Llama-3.1-8B": (4096, 14336),
     "Qwen3-8B": (4096, 12288),
     "Llama-3.1-70B": (8192, 28672),
@@ -87,12 +86,28 @@ def check_layer(chip: Any, model: str, form: str, dtype: str, vectors: int, poin
 @pytest.mark.parametrize("form", ["packed", "packed tiles", "rows"])
 @pytest.mark.parametrize("model", MODELS)
 def test_an_online_pruned_layer(chip: Any, model: str, form: str, point: str) -> None:
-    if model == "SmolLM2-135M" and form != "packed":
-        w = jax.ShapeDtypeStruct((1536, 4, tpu.LANES), jnp.bfloat16)
-        reason = tpu.obstacle(w, 1)
-        assert reason is not None and "not whole tiles" in reason  # 576 is 4.5 x 128
-        return
     check_layer(chip, model, form, "bfloat16", 1, point)
+
+
+def test_a_width_that_a_tpu_keeps_by_columns_is_refused_and_runs_through_xla(chip: Any) -> None:
+    """SmolLM2-135M, D = 576: the kernels would hold a copy of the matrices, XLA does not."""
+    D, F = 576, 1536
+    w, x = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((F, D), (1, 1, D)))
+
+    def layer(implementation: str) -> Any:
+        options = {"activation": "silu", "implementation": implementation}
+        return lambda x, *weights: masked_mlp(x, *weights, **options)[0]
+
+    with pytest.raises(ValueError, match="D = 576 is no multiple of 128"):
+        compiled(chip, layer("pallas_tpu"), x, w, w, w)
+    compiled(chip, layer("xla"), x, w, w, w, channels=8 * F)
+    units, count = jax.ShapeDtypeStruct((12,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    placed = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=chip)
+        for a in (jax.ShapeDtypeStruct((1, D), jnp.bfloat16), w, units, count)
+    ]
+    forced = jax.jit(lambda x, w, u, c: tpu.expand(x, [w], u, c, size=tpu.LANES))
+    assert " copy(%w" in forced.lower(*placed).compile().as_text()
 
 
 @pytest.mark.parametrize("vectors", [4, 64])
@@ -116,7 +131,7 @@ def test_a_block_sparse_layer_of_the_full_weights(chip: Any, model: str) -> None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("model", ["Llama-3.1-8B", "Qwen3-8B", "Llama-3.1-70B"])
+@pytest.mark.parametrize("model", MODELS)
 def test_packing_holds_nothing_beside_its_result(chip: Any, model: str, dtype: str) -> None:
     D, F = MODELS[model]
     w = jax.ShapeDtypeStruct((F, D // tpu.LANES, tpu.LANES), jnp.dtype(dtype))

@@ -30,9 +30,10 @@ RAW = {
 }
 
 
-@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize(
-    "method", [Method(), OnlinePruning(ratio=0.5), RescoreAll(0.6)], ids=lambda m: type(m).__name__
+    ("method", "tiles"),
+    [(Method(), False), (OnlinePruning(ratio=0.5), False), (RescoreAll(0.6), True)],
+    ids=["dense", "online-pruning", "rescore-all-tiles"],
 )
 def test_each_shard_runs_the_kernels_on_its_own_channels(method: Method, tiles: bool) -> None:
     config = model_config(RAW)

@@ -107,7 +107,7 @@ def test_a_width_that_a_tpu_keeps_by_columns_is_refused_and_runs_through_xla(chi
         for a in (jax.ShapeDtypeStruct((1, D), jnp.bfloat16), w, units, count)
     ]
     forced = jax.jit(lambda x, w, u, c: tpu.expand(x, [w], u, c, size=tpu.LANES))
-    assert " copy(%w" in forced.lower(*placed).compile().as_text()
+    assert f"bf16[{F},{D}]{{0,1" in forced.lower(*placed).compile().as_text()  # by columns
 
 
 @pytest.mark.parametrize("vectors", [4, 64])

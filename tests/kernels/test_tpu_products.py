@@ -142,3 +142,25 @@ def test_what_is_not_listed_is_not_read(form: str, kept: str) -> None:
 def test_what_they_cannot_serve_is_said(w: Any, vectors: int, reason: str | None) -> None:
     found = tpu.obstacle(w, vectors)
     assert found is None if reason is None else found is not None and reason in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["blocks", "rows"])
+@pytest.mark.parametrize(("D", "F"), [(4096, 14336), (8192, 28672)], ids=["8B", "70B"])
+def test_matrices_of_real_models(D: int, F: int, form: str) -> None:
+    """Every value a small whole number, so that sums are exact whatever their order."""
+    size, rng = SIZES[form], np.random.default_rng(0)
+    w = rng.integers(-2, 3, (F, D), np.int8).astype(jnp.bfloat16)
+    held = tpu.tiled(jnp.asarray(w))
+    units, count = drawn(F // size, "some")
+    units = units[: int(count[0]) + 3]
+    lanes = channels(units, count, size, F)
+    x, h = (rng.integers(-2, 3, (2, n), np.int8).astype(jnp.bfloat16) for n in (D, lanes.size))
+    on = lanes >= 0
+    rows = w[lanes[on]].astype(np.float32)
+    (found,) = tpu.expand(jnp.asarray(x), [held], units, count, **PLAIN[form])
+    wanted = x.astype(np.float32) @ rows.T
+    assert (np.asarray(found)[:, on] == wanted).all() and not np.asarray(found)[:, ~on].any()
+    hidden = np.where(on, h.astype(np.float32), 0)
+    y = tpu.contract(jnp.asarray(hidden, jnp.bfloat16), held, units, count, **PLAIN[form])
+    assert (np.asarray(y) == hidden[:, on] @ rows).all()

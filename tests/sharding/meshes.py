@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import pytest
 from jax.sharding import Mesh
 
 from popjax.config import ModelConfig
@@ -53,3 +55,13 @@ def case(family: str, name: str) -> tuple[ModelConfig, dict[str, Any], dict[str,
     config = config_of(family, name)
     params = random_params(config)
     return config, params, placed_params(params, config, mesh_of_shape(SHAPES[name]))
+
+
+def pairs(firsts: Iterable[str], shapes: Iterable[str]) -> list[Any]:
+    """All pairs; slow are those of which each half is tested in another pair as well."""
+    firsts, shapes = list(firsts), list(shapes)
+    return [
+        pytest.param(first, shape, marks=[pytest.mark.slow] if i and j else [])
+        for i, first in enumerate(firsts)
+        for j, shape in enumerate(shapes)
+    ]

@@ -11,7 +11,7 @@ from popjax.methods import Method
 from popjax.program import Program
 from popjax.run import Request, run
 from tests.popjax.tiny_models import PROMPTS
-from tests.sharding.meshes import PRUNING, case
+from tests.sharding.meshes import PRUNING, case, pairs
 
 # An instruction of a compiled module, in its plain or its asynchronous form.
 COLLECTIVE = re.compile(
@@ -40,13 +40,12 @@ def collectives(compiled: Any) -> dict[str, int]:
     return dict(Counter(COLLECTIVE.findall(compiled.as_text())))
 
 
-@pytest.mark.parametrize("name", ["model=4", "model=2,group=2"])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(("method", "name"), pairs(METHODS, ["model=4", "model=2,group=2"]))
 def test_a_step_sums_twice_a_layer_and_pruning_adds_nothing(
-    programs: dict[str, Any], method: Method, name: str
+    programs: dict[str, Any], method: str, name: str
 ) -> None:
     config, _, spread = case("llama", name)
-    run(spread, config, Request([PROMPTS[0]], NEW, method=method))
+    run(spread, config, Request([PROMPTS[0]], NEW, method=METHODS[method]))
     # One sum after attention and one after the MLP, one for the embedding; logits are gathered.
     expected = {"all-reduce": 2 * config.num_layers + 1, "all-gather": 1}
     assert collectives(programs["decode"]) == expected

@@ -15,7 +15,7 @@ from popjax.run import Request, RunResult, run
 from popjax.sampling import SamplingConfig
 from popjax.sharding import placed_params
 from tests.popjax.tiny_models import PROMPTS, WINDOW, logit_tolerance
-from tests.sharding.meshes import FAMILIES, PRUNING, SHAPES, case, mesh_of_shape
+from tests.sharding.meshes import FAMILIES, PRUNING, SHAPES, case, mesh_of_shape, pairs
 
 # Of two lengths, so that one row is padded, and longer than mistral's window.
 BATCH = [PROMPTS[0], PROMPTS[2]]
@@ -25,8 +25,7 @@ RECORDED = Options(record_masks=True)
 PRUNED = PRUNING["online-pruning"]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name"), pairs(FAMILIES, SHAPES))
 def test_dense_on_a_mesh_is_dense_on_one_device(family: str, name: str) -> None:
     config, params, spread = case(family, name)
     request = Request(BATCH, NEW, options=Options(logits=True, logprobs=True))
@@ -38,11 +37,10 @@ def test_dense_on_a_mesh_is_dense_on_one_device(family: str, name: str) -> None:
     assert together.cache_bytes == alone.cache_bytes
 
 
-@pytest.mark.parametrize("name", ["model=4", "model=2,group=2"])
-@pytest.mark.parametrize("method", PRUNING.values(), ids=PRUNING)
-def test_a_pruned_mesh_run_replays_on_one_device(method: Method, name: str) -> None:
+@pytest.mark.parametrize(("method", "name"), pairs(PRUNING, ["model=4", "model=2,group=2"]))
+def test_a_pruned_mesh_run_replays_on_one_device(method: str, name: str) -> None:
     config, params, spread = case("qwen2", name)
-    request = Request(BATCH, NEW, method=method, options=RECORDED)
+    request = Request(BATCH, NEW, method=PRUNING[method], options=RECORDED)
     together = run(spread, config, request)
     replay = dataclasses.replace(request, partition=together.partition, masks=together.masks)
     alone = run(params, config, replay)

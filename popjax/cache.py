@@ -49,7 +49,7 @@ def write_layer(layer: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) 
 
     def written(held: jax.Array, new: jax.Array) -> jax.Array:
         lead = held.shape[:-2]
-        new = _bits(new.astype(jnp.bfloat16)) if held.dtype == _BITS else new.astype(held.dtype)
+        new = bits(new.astype(jnp.bfloat16)) if held.dtype == _BITS else new.astype(held.dtype)
         new = new.swapaxes(1, 2).reshape(*lead, new.shape[1], new.shape[3])
         return jax.lax.dynamic_update_slice(held, new, (0,) * len(lead) + (slot, 0))
 
@@ -58,15 +58,15 @@ def write_layer(layer: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) 
     return jax.lax.optimization_barrier(LayerCache(written(layer.k, k), written(layer.v, v)))
 
 
-def merged(cache: Cache, bits: bool = True) -> Cache:
+def merged(cache: Cache, as_bits: bool = True) -> Cache:
     """The cache with keys and values as [B*K, S, H], the form that a decode loop carries.
 
     In that form the batched products of attention take the carried array itself; from [B, K, S, H]
     XLA's CPU backend (jax 0.10) copies the whole cache four times a step. bfloat16 is carried as
     its bits, uint16: that backend would convert all of it to float32 and back to write one slot.
-    Without `bits` it stays as it is: on a TPU the change of type is a copy of the whole cache.
+    Without `as_bits` it stays as it is: on a TPU the change of type is a copy of the whole cache.
     """
-    form = _bits if bits else lambda x: x
+    form = bits if as_bits else lambda x: x
     return _reshaped(cache, lambda x: form(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])))
 
 
@@ -81,7 +81,8 @@ def floats(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == _BITS else x
 
 
-def _bits(x: jax.Array) -> jax.Array:
+def bits(x: jax.Array) -> jax.Array:
+    """Inverse of `floats` for bfloat16; other numbers as they are."""
     return jax.lax.bitcast_convert_type(x, _BITS) if x.dtype == jnp.bfloat16 else x
 
 

@@ -267,8 +267,8 @@ def decode(
         )
         return emit(state, out.logits, values, flags)
 
-    bits = implementation not in PALLAS
-    state = dataclasses.replace(state, cache=kv.merged(state.cache, bits))
+    carried = kv.merged(state.cache, as_bits=implementation not in PALLAS)
+    state = dataclasses.replace(state, cache=carried)
     state = jax.lax.while_loop(going, step, state)
     return dataclasses.replace(state, cache=kv.split(state.cache))
 

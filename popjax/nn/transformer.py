@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from popjax.cache import Cache, write_positions
+from popjax.cache import Cache, bits, floats, write_positions
 from popjax.config import LayerConfig, ModelConfig
 from popjax.methods.method import Method
 from popjax.nn import ops
@@ -56,6 +56,9 @@ class Embedding(nn.Module):
         self.table = declare(self, "table", self.config)
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
+        if self.shards is None and self.implementation in ("native", "auto"):
+            # As bits: XLA's CPU backend would convert a whole bfloat16 table to float32 first.
+            return floats(jnp.take(bits(self.table), tokens, axis=0, mode="clip"))
         if self.shards is None:
             return jnp.take(self.table, tokens, axis=0, mode="clip")
         # One shard has the row of a token, the others add zero.

@@ -26,7 +26,7 @@ PLACES: dict[str, tuple[dict[str, Any], str, dict[str, int]]] = {
     "8B, four v5e": (LLAMA_31_8B, "v5e:2x2", {"model": 4}),
     "70B, sixteen v5p": (LLAMA_31_70B, "v5p:2x2x4", {"model": 8, "group": 2}),
 }
-FEWER_LAYERS = {("70B, sixteen v5p", "dense"): 8}
+FEWER_LAYERS = {("70B, sixteen v5p", method): 8 for method in METHODS}
 CASES = [(place, method) for place in PLACES for method in METHODS]
 DECODE_CONTEXT, PREFILL_CONTEXT = 32768, 8192
 

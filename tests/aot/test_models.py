@@ -1,7 +1,7 @@
 """Whole prefill and decode programs of published models, compiled for TPUs from shapes alone.
 
 This proves that they compile, where their memory goes and what the chips say to each other; not
-how fast they run. Figures are a chip's. All programs have all layers of their model, except dense
+how fast they run. Figures are a chip's. All programs have all layers of their model, except
 prefill of the 70B model: it has 8 of 80, of full width, because compiling it takes two minutes.
 """
 

@@ -7,7 +7,7 @@ params) of our own. Every unusable file is a `CheckpointError`.
 
 from checkpoints import store
 from checkpoints.digest import sha256
-from checkpoints.engine import Row, convert
+from checkpoints.engine import Row, convert, nested
 from checkpoints.errors import CheckpointError
 from checkpoints.gguf_files import GgufSource, open_gguf
 from checkpoints.hub import fetch_folder
@@ -28,6 +28,7 @@ __all__ = [
     "convert",
     "export",
     "fetch_folder",
+    "nested",
     "open_folder",
     "open_gguf",
     "read_json_object",

@@ -125,7 +125,7 @@ def convert(
         raise CheckpointError(
             f"{source.location} has NaN or infinities in {few(damaged, 'tensor')}"
         )
-    return _nested({path: flat[path] for path in expected})
+    return nested({path: flat[path] for path in expected})
 
 
 def _arena(jobs: Sequence[_Job], dtype: np.dtype) -> buffers.Arena | None:
@@ -227,7 +227,7 @@ def _refuse(location: str, mismatches: Mapping[str, list[str]]) -> None:
         raise CheckpointError(f"{location} does not fit this model: {'; '.join(found)}")
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """A flat path -> value mapping as nested dictionaries, split at "/"."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():

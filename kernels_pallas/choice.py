@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from kernels_pallas import native
-from kernels_pallas.masked_mlp import IMPLEMENTATIONS, PALLAS, pallas_obstacle
+from kernels_pallas.masked_mlp import IMPLEMENTATIONS, NATIVE, PALLAS, pallas_obstacle
 from kernels_pallas.native.cost import DTYPES
 
 _LOG = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def _obstacle(
     name: str, leaves: list[jax.Array], matrix: jax.Array | None, vectors: int
 ) -> str | None:
     """What `name` needs and why it lacks it on these arrays; None where it can run."""
-    if name in ("native", "auto"):
+    if name in NATIVE:
         reason = _cpu_obstacle(leaves)
         return None if reason is None else f"the CPU kernels and one CPU, but {reason}"
     if name not in PALLAS:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.masked_mlp import pallas_obstacle
 from popjax.abstract_run import Place, decode_arguments, outputs_of, packed
 from popjax.config import ModelConfig
 from popjax.generate import Options, Programs, bucket
@@ -196,11 +197,12 @@ class Rehearsal:
 
 
 def implementation_of(workload: Workload) -> str:
-    """How the decode steps of a run on TPUs would be computed: `kernels_pallas.choice`'s rule."""
+    """How the decode steps of a run on TPUs would be computed, by what the kernels serve."""
     if workload.implementation is not None:
         return workload.implementation
-    tiles = workload.config.embed_dim % 128 == 0
-    return "pallas_tpu" if tiles and workload.dtype in ("bfloat16", "float32") else "xla"
+    shape = (workload.config.layers[0].mlp_dim, workload.config.embed_dim)
+    matrix = jax.ShapeDtypeStruct(shape, jnp.dtype(workload.dtype))
+    return "pallas_tpu" if pallas_obstacle("pallas_tpu", matrix, workload.batch) is None else "xla"
 
 
 def forecast(workload: Workload) -> Forecast:

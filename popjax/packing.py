@@ -40,7 +40,7 @@ def pack(
     if not copy:
         if mesh is not None:
             raise ValueError("rows cannot be left unpacked on several devices: pack with copy=True")
-        return params, config, _indexed(params, partitions)
+        return params, config, _indexed(params, config, partitions)
     names = [f"layer_{i}" for i in range(config.num_layers)]
     mlps = [params[name]["mlp"] for name in names]
     if mesh is None:
@@ -91,11 +91,17 @@ def _pack_layers(
     for i, norm in zip(reduced, norms, strict=True):
         parts[i] = dataclasses.replace(parts[i], candidate_norm=norm, packed=True)
     for i, part in enumerate(partitions):
-        if whole[i] and part.k_selected < part.num_candidate:
+        if whole[i]:
             # One layer at a time: together, XLA's CPU backend holds every layer's squares at once.
-            norm = down_norms(packed[i]["down"])[part.candidate]
-            parts[i] = dataclasses.replace(part, candidate_norm=norm)
+            parts[i] = _with_norms(part, packed[i]["down"])
     return packed, tuple(parts)
+
+
+def _with_norms(part: ChannelPartition, down: jax.Array) -> ChannelPartition:
+    """The partition with the norms [C] of its rows of the full down, where any are chosen."""
+    if part.k_selected == part.num_candidate:
+        return part
+    return dataclasses.replace(part, candidate_norm=down_norms(down)[part.candidate])
 
 
 @jax.jit
@@ -110,14 +116,15 @@ def _last_norms(downs: list[jax.Array], candidates: list[jax.Array]) -> list[jax
     return [down_norms(down[down.shape[0] - c.shape[0] :]) for down, c in pairs]
 
 
-def _indexed(params: Params, partitions: Partitions) -> Partitions:
-    """The partitions with norms of their candidates, as decoding by index wants them."""
-    downs = [params[f"layer_{i}"]["mlp"]["down"] for i in range(len(partitions))]
-    norms = [down_norms(down)[part.candidate] for down, part in zip(downs, partitions, strict=True)]
-    return tuple(
-        dataclasses.replace(part, candidate_norm=norm, packed=True, indexed=True)
-        for part, norm in zip(partitions, norms, strict=True)
-    )
+def _indexed(params: Params, config: ModelConfig, partitions: Partitions) -> Partitions:
+    """The partitions as decoding by index wants them; of all channels, the weights as they are."""
+    parts = []
+    for i, (part, layer) in enumerate(zip(partitions, config.layers, strict=True)):
+        part = _with_norms(part, params[f"layer_{i}"]["mlp"]["down"])
+        if not keeps_order(part, layer.mlp_dim):
+            part = dataclasses.replace(part, packed=True, indexed=True)
+        parts.append(part)
+    return tuple(parts)
 
 
 @jax.jit

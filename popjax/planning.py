@@ -144,18 +144,18 @@ def _check_shared(workload: Workload, say: Say) -> None:
             dataclasses.replace(workload, target=other)
             for other in (*target.smaller(), *target.larger())
         ]
-        other = _first_fit((one for one in others if _shared(one)), say)
+        other = _first_fit((one for one in others if _sizes(one)), say)
         if other is None:
             raise
         raise ValueError(f"{error}; the nearest that fits: --target {other.target}") from error
 
 
-def _shared(workload: Workload) -> bool:
+def _sizes(workload: Workload) -> tuple[int, int] | None:
+    """`weights_and_cache`, None where these chips cannot share the model."""
     try:
-        weights_and_cache(workload)
+        return weights_and_cache(workload)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _first_fit(candidates: Iterable[Workload], say: Say) -> Workload | None:
@@ -231,9 +231,10 @@ def _larger(workload: Workload) -> Iterator[Workload]:
 
 def _likely(candidate: Workload, workload: Workload, asked: Forecast) -> bool:
     """Whether a request could fit: its arrays, and temporaries in proportion to those asked for."""
-    if not _shared(candidate):
+    sizes = _sizes(candidate)
+    if sizes is None:
         return False
-    weights, cache = weights_and_cache(candidate)
+    weights, cache = sizes
 
     def work(one: Workload) -> float:
         return one.batch * one.prompt_slots / one.target.chips

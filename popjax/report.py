@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kernels_pallas.masked_mlp import NATIVE
 from popjax.config import ModelConfig
 from popjax.sparsity import Params, Partitions
 
@@ -105,7 +106,7 @@ def reads_only_chosen(result: Any) -> bool:
     """
     if result.implementation == "xla_gathered":
         return True
-    return result.implementation in ("native", "auto") and len(result.tokens) == 1
+    return result.implementation in NATIVE and len(result.tokens) == 1
 
 
 def weight_bytes(params: Params) -> int:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from checkpoints import nested
 from popjax import axes
 from popjax.config import ModelConfig
 from popjax.sparsity import Params
@@ -42,6 +43,11 @@ def shard_count(mesh: Mesh, letter: str = "F") -> int:
 
 def validate(config: ModelConfig, mesh: Mesh) -> None:
     """Raise ValueError unless this mesh can run this model."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"mesh {mesh!r} is a {type(mesh).__name__}: give a jax.sharding.Mesh, such as "
+            "jax.make_mesh((8,), ('model',))"
+        )
     unknown = [str(name) for name in mesh.axis_names if name not in AXES]
     if unknown or MODEL not in mesh.shape:
         wrong = f"has an axis {unknown[0]!r}" if unknown else f"has no axis {MODEL!r}"
@@ -184,13 +190,13 @@ def abstract(tree: Any, letters: Any, mesh: Mesh) -> Any:
 def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
     """The parameters of a config as shapes on a mesh. Raises ValueError as `validate`."""
     validate(config, mesh)
-    tree: Params = {}
-    for path, shape in axes.parameter_shapes(config).items():
-        *parents, leaf = path.split("/")
-        node = functools.reduce(lambda held, name: held.setdefault(name, {}), parents, tree)
-        sharding = named(axes.letters(path), mesh)
-        node[leaf] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    return tree
+    shapes = axes.parameter_shapes(config)
+    return nested(
+        {
+            path: jax.ShapeDtypeStruct(shape, dtype, sharding=named(axes.letters(path), mesh))
+            for path, shape in shapes.items()
+        }
+    )
 
 
 def placed(tree: Any, letters: Any, mesh: Mesh | None) -> Any:

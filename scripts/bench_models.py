@@ -6,13 +6,13 @@ Everything is float32. Random weights serve timing, which does not depend on the
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 
 import popjax
+from checkpoints import nested
 from checkpoints.buffers import Arena, settle
 from popjax import axes
 from popjax.bench import DENSE
@@ -76,23 +76,23 @@ def random_model(raw: dict[str, Any], seed: int = 0) -> BenchModel:
     config, generator = model_config(raw), np.random.default_rng(seed)
     shapes, dtype = axes.parameter_shapes(config), np.dtype(np.float32)
     arena = Arena(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values())
-    params: Params = {}
+    flat = {}
     for path, shape in shapes.items():
-        *parents, name = path.split("/")
-        group = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)
         values = arena.empty(shape, dtype)
-        if name == "scale":
+        if path.endswith("/scale"):
             values[...] = 1
         else:
             generator.standard_normal(out=values, dtype=dtype)
             values *= 0.02
-        group[name] = jax.device_put(values)
-    return BenchModel(raw, config, params)
+        flat[path] = jax.device_put(values)
+    return BenchModel(raw, config, nested(flat))
 
 
 def as_dtype(params: Params, dtype: Any) -> Params:
-    """The parameters in a dtype, copied to where loading puts them: large pages, side by side."""
+    """The parameters in a dtype, where loading would put them: large pages, side by side."""
     leaves, structure = jax.tree.flatten(params)
+    if all(leaf.dtype == dtype for leaf in leaves):
+        return params
     leaves = [leaf.astype(dtype) for leaf in leaves]
     settle(leaves)
     return jax.tree.unflatten(structure, leaves)

@@ -14,13 +14,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_GROUP = 128  # copies under way at once, beside as many that are waited for
+from kernels_pallas.row_products.tpu import LANES, in_group
 
 
 def gather(w: jax.Array, rows: jax.Array, interpret: Any = False) -> jax.Array:
     """Rows [R, D/128, 128] of w [F, D/128, 128] at indices rows [R]."""
     size = rows.shape[0]
-    groups = pl.cdiv(size, _GROUP)
+    groups = pl.cdiv(size, LANES)  # of which one is under way and one waited for
     result = jax.ShapeDtypeStruct((size, *w.shape[1:]), w.dtype)
     if not size:
         return jnp.zeros(result.shape, result.dtype)
@@ -29,15 +29,11 @@ def gather(w: jax.Array, rows: jax.Array, interpret: Any = False) -> jax.Array:
         i = pl.program_id(0)
 
         def copies(group: Any, act: Callable[[Any], None]) -> None:
-            def one(r: jax.Array, carry: None) -> None:
-                place = group * _GROUP + r
+            def of_row(place: Any, _: Any) -> None:
+                source, target = w.at[rows[place]], out.at[place]
+                act(pltpu.make_async_copy(source, target, sem.at[lax.rem(group, 2)]))
 
-                @pl.when(place < size)
-                def _() -> None:
-                    source, target = w.at[rows[place]], out.at[place]
-                    act(pltpu.make_async_copy(source, target, sem.at[lax.rem(group, 2)]))
-
-            lax.fori_loop(0, _GROUP, one, None)
+            in_group(group, size, of_row)
 
         copies(i, lambda copy: copy.start())
 

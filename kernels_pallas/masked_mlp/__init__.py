@@ -27,11 +27,10 @@ from kernels_pallas.masked_mlp.selection import POINTS, Selection, choose, selec
 from kernels_pallas.masked_mlp.tpu import TpuAccess
 from kernels_pallas.native.cost import prefers_native
 from kernels_pallas.row_products import contract, expand
-from kernels_pallas.row_products.tpu import LANES
-from kernels_pallas.row_products.tpu import obstacle as tpu_obstacle
 
+NATIVE = ("native", "auto")
 PALLAS = ("pallas_tpu", "pallas_gpu", "pallas_interpret")
-IMPLEMENTATIONS = ("xla", "xla_gathered", "native", "auto", *PALLAS)
+IMPLEMENTATIONS = ("xla", "xla_gathered", *NATIVE, *PALLAS)
 
 
 def masked_mlp(
@@ -82,7 +81,7 @@ def masked_mlp(
 
 def _products(implementation: str) -> str:
     """The implementation of row_products that goes with one of masked_mlp."""
-    return implementation if implementation in ("native", "auto") else "xla"
+    return implementation if implementation in NATIVE else "xla"
 
 
 def _evaluated(w: jax.Array, rows: jax.Array | None) -> jax.Array:
@@ -124,21 +123,12 @@ def pallas_obstacle(implementation: str, w: Any, vectors: int) -> str | None:
 
     Of no concern to other implementations.
     """
-    if implementation == "pallas_gpu":
-        from kernels_pallas.masked_mlp import gpu
-
-        return gpu.obstacle(w, vectors)
-    if implementation == "pallas_tpu" and w.shape[-1] % LANES:
-        return (
-            f"D = {w.shape[-1]} is no multiple of {LANES}: a TPU keeps such a matrix by columns, "
-            "and would copy it for every call"
-        )
-    return tpu_obstacle(w, vectors) if implementation in PALLAS else None
+    return _access(implementation).obstacle(w, vectors) if implementation in PALLAS else None
 
 
 def _access(implementation: str) -> listed.Access:
     if implementation == "pallas_gpu":
-        # Mosaic GPU is imported where it is used: jax 0.10 warns of what it lacks.
+        # Here, since importing Mosaic GPU takes a tenth of a second that others need not spend.
         from kernels_pallas.masked_mlp.gpu import GpuAccess
 
         return GpuAccess()
@@ -164,6 +154,7 @@ def _active(selection: Selection | None, mask: jax.Array) -> int:
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
+    "NATIVE",
     "PALLAS",
     "POINTS",
     "Selection",

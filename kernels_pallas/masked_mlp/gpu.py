@@ -18,6 +18,20 @@ from kernels_pallas.row_products import contract, expand, gpu
 class GpuAccess:
     """Single rows where fewer than all channels are in use, else the whole matrix as one unit."""
 
+    def obstacle(self, weights: jax.Array, vectors: int) -> str | None:
+        if weights.ndim != 2 or weights.shape[1] % gpu.COLUMNS:
+            row = weights.shape[1:]
+            return f"rows of shape {row} are not [D] with D a multiple of {gpu.COLUMNS}"
+        if weights.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"the weights are {weights.dtype}, and they read bfloat16 and float32"
+        if vectors > gpu.MOST_VECTORS:
+            return f"{vectors} vectors are more than the {gpu.MOST_VECTORS} they multiply at a time"
+        if jax.__version_info__ < gpu.OLDEST:
+            return (
+                f"jax {jax.__version__} is older than 0.12, whose Mosaic GPU they are written for"
+            )
+        return None
+
     def size(self, weights: jax.Array, most: int, channels: int) -> int:
         return 1 if most < channels else channels
 
@@ -31,16 +45,3 @@ class GpuAccess:
         if units.size > 1:
             return contract(h.astype(w.dtype), w)
         return gpu.contract_rows(h, w, units.numbers[None], units.count)
-
-
-def obstacle(w: jax.Array, vectors: int) -> str | None:
-    """Why the GPU forms cannot serve a matrix [F, D]; None where they can."""
-    if w.ndim != 2 or w.shape[1] % gpu.COLUMNS:
-        return f"rows of shape {w.shape[1:]} are not [D] with D a multiple of {gpu.COLUMNS}"
-    if w.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"the weights are {w.dtype}, and they read bfloat16 and float32"
-    if vectors > gpu.MOST_VECTORS:
-        return f"{vectors} vectors are more than the {gpu.MOST_VECTORS} they multiply at a time"
-    if jax.__version_info__ < gpu.OLDEST:
-        return f"jax {jax.__version__} is older than 0.12, whose Mosaic GPU they are written for"
-    return None

@@ -30,6 +30,10 @@ class Units:
 class Access(Protocol):
     """The two products with listed units of a matrix; units past the count give or take nothing."""
 
+    def obstacle(self, weights: jax.Array, vectors: int) -> str | None:
+        """Why a matrix cannot be read so for this many vectors; None where it can."""
+        ...
+
     def size(self, weights: jax.Array, most: int, channels: int) -> int:
         """Channels of a unit, where at most `most` of `channels` of a matrix are in use."""
         ...

@@ -22,6 +22,15 @@ class TpuAccess:
 
     interpret: Any = False
 
+    def obstacle(self, weights: jax.Array, vectors: int) -> str | None:
+        width = weights.shape[-1]
+        if not self.interpret and width % tpu.LANES:
+            return (
+                f"D = {width} is no multiple of {tpu.LANES}: a TPU keeps such a matrix by columns, "
+                "and would copy it for every call"
+            )
+        return tpu.obstacle(weights, vectors)
+
     def size(self, weights: jax.Array, most: int, channels: int) -> int:
         return 1 if weights.ndim == 3 and most <= _FEW_ROWS * channels else tpu.LANES
 

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128  # channels of a block, and of a group of rows worked at once
+MOST_VECTORS = 64
 # Two matrices of 128 rows, twice: 16 MB at D = 8192 in bfloat16. VMEM holds 95 MB or more from v5e.
 _VMEM_BYTES = 64 * 2**20
 
@@ -38,9 +39,6 @@ def obstacle(w: Any, vectors: int) -> str | None:
             "keep the matrix as [F, D]"
         )
     return None
-
-
-MOST_VECTORS = 64
 
 
 def tile_rows(dtype: Any) -> int:
@@ -187,6 +185,16 @@ def _cleared(rows: jax.Array, valid: jax.Array) -> jax.Array:
 # arrives while this one is worked.
 
 
+def in_group(group: Any, count: Any, work: Callable[[Any, Any], None]) -> None:
+    """work(place, r) for the places group * 128 + r of a list, as far as its count goes."""
+
+    def one(r: jax.Array, carry: None) -> None:
+        place = group * LANES + r
+        pl.when(place < count)(lambda: work(place, r))
+
+    lax.fori_loop(0, LANES, one, None)
+
+
 def _fetched(
     step: Callable[[Any, Any], None],
     rows: Any,
@@ -202,16 +210,12 @@ def _fetched(
     def copies(group: Any, act: Callable[[Any], None]) -> None:
         slot = lax.rem(group, 2)
 
-        def one(r: jax.Array, carry: None) -> None:
-            place = group * LANES + r
+        def of_row(place: Any, r: Any) -> None:
+            for k, w in enumerate(weights):
+                target = buffer.at[slot, k, r]
+                act(pltpu.make_async_copy(w.at[rows[place]], target, sem.at[slot]))
 
-            @pl.when(place < count[0])
-            def _() -> None:
-                for k, w in enumerate(weights):
-                    target = buffer.at[slot, k, r]
-                    act(pltpu.make_async_copy(w.at[rows[place]], target, sem.at[slot]))
-
-        lax.fori_loop(0, LANES, one, None)
+        in_group(group, count[0], of_row)
 
     @pl.when(i == 0)
     def _() -> None:

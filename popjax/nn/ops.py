@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.decode_attention import decode_attention
+from kernels_pallas.masked_mlp import NATIVE
 from kernels_pallas.row_products import contract, expand, expand_many
 from popjax.cache import floats
 from popjax.config import RopeConfig
@@ -155,7 +156,7 @@ def cached_attention(
     implementation: str = "xla",
 ) -> jax.Array:
     """Attention [B, T, N, H] over the cache k, v; one token a row may run on the CPU kernels."""
-    if q.shape[1] > 1 or implementation not in ("native", "auto"):
+    if q.shape[1] > 1 or implementation not in NATIVE:
         keys, values = floats(k), floats(v)
         return blocked_attention(q, keys, values, query_positions, key_positions, window)
     out = decode_attention(q[:, 0], k, v, query_positions[:, 0], key_positions, window)

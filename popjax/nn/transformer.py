@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.masked_mlp import NATIVE
 from popjax.cache import Cache, bits, floats, write_positions
 from popjax.config import LayerConfig, ModelConfig
 from popjax.methods.method import Method
@@ -56,17 +57,19 @@ class Embedding(nn.Module):
         self.table = declare(self, "table", self.config)
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
-        if self.shards is None and self.implementation in ("native", "auto"):
-            # As bits: XLA's CPU backend would convert a whole bfloat16 table to float32 first.
-            return floats(jnp.take(bits(self.table), tokens, axis=0, mode="clip"))
         if self.shards is None:
-            return jnp.take(self.table, tokens, axis=0, mode="clip")
+            return self._rows(tokens)
         # One shard has the row of a token, the others add zero.
         rows = tokens - jax.lax.axis_index(self.shards) * self.table.shape[0]
         here = (rows >= 0) & (rows < self.table.shape[0])
-        found = jnp.take(self.table, rows, axis=0, mode="clip")
+        found = self._rows(rows)
         found = jnp.where(here[:, :, None], found, jnp.zeros((), found.dtype))
         return summed(found, self.shards)
+
+    def _rows(self, rows: jax.Array) -> jax.Array:
+        # As bits on the CPU: XLA there would convert a whole bfloat16 table to float32 first.
+        table = bits(self.table) if self.implementation in NATIVE else self.table
+        return floats(jnp.take(table, rows, axis=0, mode="clip"))
 
     def logits(self, x: jax.Array) -> jax.Array:
         logits = ops.logits(x, self.table, self.implementation)
@@ -154,7 +157,7 @@ class Transformer(nn.Module):
         kernels compute so anyway, and XLA's CPU backend is slow at anything in bfloat16.
         """
         x, keys, tables = self._enter(inputs, cache)
-        if self.implementation in ("native", "auto"):
+        if self.implementation in NATIVE:
             x = x.astype(jnp.float32)
         valid = inputs.positions >= 0
         layers, used = [], []

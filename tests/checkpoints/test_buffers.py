@@ -1,7 +1,9 @@
-"""Weights lie side by side in one block, as jax's own arrays without a copy."""
+"""Weights lie side by side in one block, as jax's own arrays without a copy.
+
+Reads /proc, so it needs Linux.
+"""
 
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -41,7 +43,6 @@ def test_converted_and_restored_weights_share_a_block(tmp_path: Path, dtype: str
         assert total <= span(found) < total + 64 * len(SHAPES)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux")
 def test_a_large_block_asks_for_large_pages() -> None:
     held = [jnp.ones((2048, 2048), jnp.float32)]
     settle(held)

@@ -13,28 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from popjax.families import model_config
 from popjax.generate import PROGRAMS, Options
 from popjax.methods import Frozen, Method, OnlinePruning, RescoreAll
 from popjax.nn.transformer import init_params
 from popjax.packing import as_matrices, as_tiles
 from popjax.run import Request, RunResult, run
+from tests.popjax.tiny_models import TILED as CONFIG
 
-CONFIG = model_config(
-    {
-        "model_type": "llama",
-        "hidden_size": 1024,
-        "intermediate_size": 300,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 97,
-        "max_position_embeddings": 64,
-    }
-)
 PROMPTS = [[3, 14, 15, 92, 65, 35], [8, 9, 7]]
-METHODS = [Method(), OnlinePruning(ratio=0.5), RescoreAll(0.6), Frozen(0.5)]
+METHODS = {
+    "dense": Method(),
+    "online-pruning": OnlinePruning(ratio=0.5),
+    "online-pruning, all evaluated": OnlinePruning(ratio=0.04),
+    "rescore-all": RescoreAll(0.6),
+    "frozen": Frozen(0.5),
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,7 @@ def same(found: RunResult, wanted: RunResult) -> None:
             assert (np.asarray(a) == np.asarray(b)).all()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_interpreted_kernels_decode_as_xla_does(params: Any, method: Method) -> None:
     wanted = decoded(params, method, "xla")
     found = decoded(params, method, "pallas_interpret")
@@ -62,7 +55,7 @@ def test_interpreted_kernels_decode_as_xla_does(params: Any, method: Method) -> 
     same(found, wanted)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_rows_fetched_by_index_need_no_packed_copy(params: Any, method: Method) -> None:
     wanted = decoded(params, method, "xla")
     tiles = as_tiles(params, CONFIG)

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from popjax import planning
-from popjax.ahead_of_time import Forecast, Held, Program, Workload, bytes_wanted, collectives
+from popjax.ahead_of_time import (
+    Forecast,
+    Held,
+    Program,
+    Workload,
+    bytes_wanted,
+    collectives,
+    implementation_of,
+)
 from popjax.families import model_config
 from popjax.methods import OnlinePruning
 from popjax.targets import parse_target
@@ -145,3 +153,21 @@ def test_a_process_without_an_answer_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(planning.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="ended with code 1 and no answer"):
         planning.ask({}, lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "pallas_tpu"),
+        ({"batch": 64}, "pallas_tpu"),
+        ({"batch": 65}, "xla"),
+        ({"dtype": "float16"}, "xla"),
+        ({"config": dataclasses.replace(CONFIG, embed_dim=576)}, "xla"),
+        ({"batch": 65, "implementation": "pallas_tpu"}, "pallas_tpu"),
+    ],
+)
+def test_steps_are_computed_as_a_run_would_compute_them(
+    change: dict[str, Any], expected: str
+) -> None:
+    workload = Workload(CONFIG, OnlinePruning(ratio=0.5), parse_target("v5e:2x2"), 2048)
+    assert implementation_of(dataclasses.replace(workload, **change)) == expected

@@ -34,6 +34,9 @@ LLAMA3_ROPE = RopeConfig(
     original_max_positions=16,
 )
 LAYER = LayerConfig(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+# Tiny but for its width, whose rows are whole tiles of a TPU's memory.
+_TILED_LAYER = dataclasses.replace(LAYER, mlp_dim=300)
+TILED = ModelConfig("llama", 96, 1024, (_TILED_LAYER, _TILED_LAYER), max_positions=64)
 
 
 def tiny(family: str, vocab_size: int = VOCAB) -> ModelConfig:

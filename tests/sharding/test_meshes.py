@@ -111,6 +111,11 @@ def test_a_mesh_over_all_devices_fits_the_model(
     assert dict(mesh.shape) == shape
 
 
+def test_what_is_no_mesh_is_refused() -> None:
+    with pytest.raises(ValueError, match="mesh 'model=2' is a str: give a jax.sharding.Mesh"):
+        sharding.validate(CONFIG, "model=2")  # type: ignore[arg-type]
+
+
 def test_devices_that_do_not_divide_a_model_are_refused() -> None:
     with pytest.raises(ValueError, match="N = 8 .query heads of layer 0. is not a multiple of 3"):
         sharding.mesh_over(with_layers(num_kv_heads=1), jax.devices()[:3])

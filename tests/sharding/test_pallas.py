@@ -9,25 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from popjax import sharding
-from popjax.families import model_config
 from popjax.generate import Options
 from popjax.methods import Method, OnlinePruning, RescoreAll
 from popjax.nn.transformer import init_params
 from popjax.packing import as_tiles
 from popjax.run import Request, run
-
-# Rows of whole tiles: 1024 weights.
-RAW = {
-    "model_type": "llama",
-    "hidden_size": 1024,
-    "intermediate_size": 300,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-}
+from tests.popjax.tiny_models import TILED
 
 
 @pytest.mark.parametrize(
@@ -36,7 +23,7 @@ RAW = {
     ids=["dense", "online-pruning", "rescore-all-tiles"],
 )
 def test_each_shard_runs_the_kernels_on_its_own_channels(method: Method, tiles: bool) -> None:
-    config = model_config(RAW)
+    config = TILED
     params = init_params(config, jax.random.key(0), jnp.float32)
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
     held = as_tiles(params, config) if tiles else params
@@ -53,7 +40,7 @@ def test_each_shard_runs_the_kernels_on_its_own_channels(method: Method, tiles: 
 
 
 def test_rows_are_not_left_unpacked_on_a_mesh() -> None:
-    config = model_config(RAW)
+    config = TILED
     params = as_tiles(init_params(config, jax.random.key(0), jnp.float32), config)
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
     placed = sharding.placed_params(params, config, mesh)

@@ -26,8 +26,13 @@ def decode_attention(
 
     k, v [B*K, S, H] or [B, K, S, H], float32, bfloat16 or its bits as uint16; positions [B] and
     [B, S], -1 for an empty slot; a key is seen when it is not later and, with a window, fewer than
-    `window` positions back. A query that sees nothing gets zeros.
+    `window` positions back. A query that sees nothing gets zeros. Raises ValueError for a window
+    below 1.
     """
+    if window is not None and window < 1:
+        raise ValueError(
+            f"decode_attention window is {window}, must be at least 1: use None for none"
+        )
     S, H = k.shape[-2:]
     flat_k, flat_v = k.reshape(-1, S, H), v.reshape(-1, S, H)
     (out,) = call(

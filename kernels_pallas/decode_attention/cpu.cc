@@ -1,14 +1,10 @@
 // Attention of one new token a row over its cache, reading only the slots that it may see.
 //
-// The slots of a head are cut into blocks of fixed size, each with its own maximum and sums, merged
-// in their order: the result does not depend on threads, nor on the batch.
+// Keys and values lie apart, in slots of one number for all heads.
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <limits>
-#include <vector>
 
+#include "native/attend.h"
 #include "native/buffers.h"
 #include "native/rows.h"
 #include "native/team.h"
@@ -16,88 +12,32 @@
 namespace popjax {
 namespace {
 
-constexpr int64_t kBlock = 256;  // slots of one piece
-
 struct Shape {
   int64_t batch, heads, groups, slots, size;  // B, K, G, S, H
   int64_t window;                             // 0: none
   float scale;
   const int32_t* query_positions;  // [B]
   const int32_t* key_positions;    // [B, S]
-
-  bool sees(int64_t row, int64_t slot) const {
-    const int64_t key = key_positions[row * slots + slot], query = query_positions[row];
-    return key >= 0 && key <= query && (window == 0 || query - key < window);
-  }
 };
-
-// What a block of slots adds to each query of its group: exp(score - top) summed, and times v.
-struct Part {
-  std::vector<float> top, total, values;  // [G], [G], [G, H]
-};
-
-template <typename W>
-Part attend(const Shape& shape, const W& keys, const W& values, const float* q, int64_t row,
-            int64_t first, int64_t end) {
-  const int64_t g = shape.groups;
-  Part part{std::vector<float>(g, -std::numeric_limits<float>::infinity()), std::vector<float>(g),
-            std::vector<float>(g * shape.size)};
-  std::vector<int64_t> slots;
-  for (int64_t s = first; s < end; ++s) {
-    if (shape.sees(row, s)) slots.push_back(s);
-  }
-  const auto count = static_cast<int64_t>(slots.size());
-  std::vector<float> scores(count * g);
-  dot_rows(keys, slots.data(), count, q, g, scores.data(), g, 1);
-  for (int64_t i = 0; i < count * g; ++i) {
-    scores[i] *= shape.scale;
-    part.top[i % g] = std::max(part.top[i % g], scores[i]);
-  }
-  for (int64_t i = 0; i < count * g; ++i) {
-    scores[i] = std::exp(scores[i] - part.top[i % g]);
-    part.total[i % g] += scores[i];
-  }
-  add_rows(values, slots.data(), count, scores.data(), g, 1, g, part.values.data());
-  return part;
-}
-
-// out [G, H] of the parts of one head. A query that sees nothing gets zeros.
-void merge(const Shape& shape, const Part* parts, int64_t count, float* out) {
-  for (int64_t g = 0; g < shape.groups; ++g) {
-    float top = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int64_t i = 0; i < count; ++i) top = std::max(top, parts[i].top[g]);
-    float* to = out + g * shape.size;
-    std::fill(to, to + shape.size, 0.0f);
-    for (int64_t i = 0; i < count; ++i) {
-      if (parts[i].total[g] == 0.0f) continue;
-      const float share = std::exp(parts[i].top[g] - top);
-      total += share * parts[i].total[g];
-      const float* from = parts[i].values.data() + g * shape.size;
-      for (int64_t d = 0; d < shape.size; ++d) to[d] += share * from[d];
-    }
-    if (total != 0.0f) {
-      for (int64_t d = 0; d < shape.size; ++d) to[d] /= total;
-    }
-  }
-}
 
 template <typename W>
 void attention(const Shape& shape, const W& keys, const W& values, const float* q, float* out,
                Team& team) {
-  const int64_t heads = shape.batch * shape.heads, g = shape.groups, size = shape.size;
-  const int64_t blocks = (shape.slots + kBlock - 1) / kBlock;
-  std::vector<Part> parts(heads * blocks);
-  team.run(heads * blocks, [&](int64_t piece) {
-    const int64_t head = piece / blocks, first = piece % blocks * kBlock;
-    W k = keys, v = values;
-    k.data += head * shape.slots * size;
-    v.data += head * shape.slots * size;
-    parts[piece] = attend(shape, k, v, q + head * g * size, head / shape.heads, first,
-                          std::min(first + kBlock, shape.slots));
-  });
-  for (int64_t head = 0; head < heads; ++head) {
-    merge(shape, parts.data() + head * blocks, blocks, out + head * g * size);
-  }
+  const int64_t heads = shape.batch * shape.heads, size = shape.size;
+  Pieces pieces;
+  for (int64_t head = 0; head < heads; ++head) pieces.add(head, 0, 0, shape.slots);
+  const Queries queries(q, heads, shape.groups, size);
+  const auto query_of = [&](int64_t head) {
+    const int64_t position = shape.query_positions[head / shape.heads];
+    return queries.of(head, position, shape.window, {shape.scale, 0.0f});
+  };
+  const auto work = [&](const Query& query, const Pieces::Piece& piece, Part part) {
+    Slots<W> slots{keys, values, shape.key_positions + piece.head / shape.heads * shape.slots, 1};
+    slots.keys.data += piece.head * shape.slots * size;
+    slots.values.data += piece.head * shape.slots * size;
+    attend(query, slots, piece.first, piece.end, part);
+  };
+  pieces.run(queries, query_of, work, out, team);
 }
 
 ffi::Error decode_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
@@ -124,7 +64,7 @@ ffi::Error decode_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuff
   shape.key_positions = key_positions.typed_data();
   const Activations in(q);
   Result result(*out);
-  Team team(pool, dim(k, 0) * (shape.slots / kBlock + 1));
+  Team team(pool, dim(k, 0) * (shape.slots / kPiece + 1));
   const auto run = [&](auto keys, auto values) {
     attention(shape, keys, values, in.data(), result.data(), team);
     result.store();

@@ -37,7 +37,8 @@ def _pool() -> ThreadPoolExecutor:
 def gather_rows(w: jax.Array, rows: jax.Array, implementation: str | None = None) -> jax.Array:
     """Rows [R, D] of w [F, D] at indices rows [R], in their order.
 
-    Raises ValueError for an unknown implementation, or `host` where the arrays are not on one CPU.
+    An index outside 0..F-1 is taken for the nearest one inside. Raises ValueError for an unknown
+    implementation, or `host` where the arrays are not on one CPU.
     """
     return gather_all([w], [rows], implementation)[0]
 
@@ -63,7 +64,7 @@ def gather_all(
     if implementation in ("pallas_tpu", "pallas_interpret"):
         return [_copied(w, r, implementation == "pallas_interpret") for w, r in pairs]
     if implementation == "xla" or not on_host:
-        return [jnp.take(w, r, axis=0) for w, r in pairs]
+        return [jnp.take(w, r, axis=0, mode="clip") for w, r in pairs]
     packed = _host_gather([(np.asarray(w), np.asarray(r)) for w, r in pairs])
     # device_put takes the buffer as it is; jnp.asarray would copy it once more.
     return jax.device_put(packed, [w.sharding for w in weights])
@@ -76,7 +77,9 @@ def _copied(w: jax.Array, rows: jax.Array, interpret: bool) -> jax.Array:
             f"gather_rows 'pallas_tpu' copies rows kept as whole tiles [F,D/128,128], got "
             f"{w.shape} in {w.dtype}: use 'xla'"
         )
-    return tpu.gather(w, rows.astype(jnp.int32), interpret)
+    # The kernel copies whatever lies at an index.
+    inside = jnp.clip(rows.astype(jnp.int32), 0, w.shape[0] - 1)
+    return tpu.gather(w, inside, interpret)
 
 
 def _tiles_on_a_tpu(w: jax.Array) -> bool:

@@ -10,13 +10,12 @@ check them.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.masked_mlp import listed, native
+from kernels_pallas.masked_mlp import checks, listed, native
 from kernels_pallas.masked_mlp.reference import (
     ACTIVATIONS,
     gated_channels,
@@ -50,11 +49,11 @@ def masked_mlp(
     x [B, T, D]; gate, up, down [E, D], the evaluated channels; or [F, D/128, 128] of which `rows`
     [E] int32 are evaluated (all without it), fetched one by one on `pallas_tpu`. `selection`
     chooses for every token; a bool mask `given` [B or 1, T, E] replaces it. Without a gate, h is
-    act(x up^T). Raises ValueError for shapes that disagree and unknown names.
+    act(x up^T). Raises ValueError for shapes, dtypes and counts that disagree and unknown names.
     """
-    _check(x, (gate, up, down), selection, rows, implementation)
+    options = {"activation": activation, "selection": selection, "given": given, "rows": rows}
+    _check(x, (gate, up, down), options, implementation)
     if implementation in PALLAS:
-        options = {"activation": activation, "selection": selection, "given": given, "rows": rows}
         return listed.masked_mlp(x, gate, up, down, _access(implementation), **options)
     if up.ndim == 3:
         gate = None if gate is None else _evaluated(gate, rows)
@@ -65,7 +64,7 @@ def masked_mlp(
         held = h if mask is None else jnp.where(mask, h, jnp.zeros((), h.dtype))
         return contract(held, down, _products(implementation)), mask
     if _native(x, gate, selection, implementation):
-        options = {"activation": activation, "selection": selection, "given": given}
+        del options["rows"]
         return native.masked_mlp(x, gate, up, down, **options)
     if selection is not None and selection.point == "gate":
         a = ACTIVATIONS[activation](expand(x, gate))
@@ -90,29 +89,24 @@ def _evaluated(w: jax.Array, rows: jax.Array | None) -> jax.Array:
 
 
 def _check(
-    x: jax.Array,
-    weights: tuple[jax.Array | None, jax.Array, jax.Array],
-    selection: Selection | None,
-    rows: jax.Array | None,
-    implementation: str,
+    x: jax.Array, weights: checks.Weights, options: dict[str, Any], implementation: str
 ) -> None:
-    shapes = {w.shape for w in weights if w is not None}
+    selection, given, rows = (options[name] for name in ("selection", "given", "rows"))
+    checks.check_weights(x, weights, rows, options["activation"])
     up = weights[1]
-    if len(shapes) > 1 or x.shape[-1] != math.prod(up.shape[1:]):
-        found = ", ".join("none" if w is None else str(w.shape) for w in weights)
-        raise ValueError(
-            f"masked_mlp needs x [B,T,D] and gate, up, down [E,D], got {x.shape}, {found}"
-        )
     if rows is not None and up.ndim == 2 and implementation != "pallas_gpu":
         raise ValueError(
             f"masked_mlp takes rows of weights [F,D/128,128] only, got {up.shape}: pack the rows"
         )
+    E = up.shape[0] if rows is None else rows.shape[0]
+    if given is not None:
+        checks.check_given(given, x.shape[0], x.shape[1], E)
+    if selection is not None:
+        checks.check_selection(selection, E)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"masked_mlp implementation {implementation!r} is unknown: use one of {IMPLEMENTATIONS}"
         )
-    if selection is not None and selection.point not in POINTS:
-        raise ValueError(f"selection point {selection.point!r} is unknown: use one of {POINTS}")
     reason = pallas_obstacle(implementation, up, x.shape[0] * x.shape[1])
     if reason is not None:
         raise ValueError(f"masked_mlp cannot run on {implementation!r}: {reason}")

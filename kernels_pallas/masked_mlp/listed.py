@@ -65,7 +65,7 @@ def masked_mlp(
     gate: h = act(x up^T).
     """
     B, T, D = x.shape
-    layer = _Layer(B * T, up.shape[0], rows, access)
+    layer = _Layer(B * T, T, up.shape[0], rows, access)
     act, flat = ACTIVATIONS[activation], x.reshape(B * T, D)
     matrices = (up,) if gate is None else (gate, up)
 
@@ -100,9 +100,10 @@ def masked_mlp(
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """How the matrices of a layer, of so many channels, are read for so many vectors."""
+    """How the matrices of a layer, of so many channels, are read for the vectors of some steps."""
 
     vectors: int
+    steps: int
     channels: int
     rows: jax.Array | None
     access: Access
@@ -142,7 +143,7 @@ class _Layer:
         """The most channels that a choice can put on for all vectors together."""
         if selection is None or selection.threshold is not None:
             return self.evaluated
-        sets = 1 if selection.shared else self.vectors
+        sets = self.steps if selection.shared else self.vectors
         retained = self.evaluated - selection.num_candidate
         return min(self.evaluated, retained + selection.k_selected * sets)
 

@@ -39,7 +39,7 @@ def project_gathered(h: jax.Array, down: jax.Array, mask: jax.Array, count: int)
     """`project` that reads only the `count` rows of down that each mask chooses.
 
     h, mask [B, T, F] with exactly `count` channels on in every [b, t]; down [F, D]. Equal to
-    `project` up to the order of summation.
+    `project` up to the order of summation, and like it in the dtype of h.
     """
     # The chosen channels in ascending order: argsort of a boolean is a stable partition.
     rows = jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
@@ -47,4 +47,4 @@ def project_gathered(h: jax.Array, down: jax.Array, mask: jax.Array, count: int)
     chosen = jnp.take_along_axis(h, rows, axis=-1)
     # Not jnp.take, which answers with another shape where there is no channel at all.
     taken = down.at[rows].get(mode="promise_in_bounds")
-    return jnp.einsum("BTF,BTFD->BTD", chosen, taken)
+    return jnp.einsum("BTF,BTFD->BTD", chosen.astype(taken.dtype), taken).astype(h.dtype)

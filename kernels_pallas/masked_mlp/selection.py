@@ -71,19 +71,22 @@ def choose(a: jax.Array, selection: Selection) -> jax.Array:
     return on.at[..., selection.candidate].set(chosen)
 
 
-def select_top(scores: jax.Array, count: int) -> jax.Array:
+def select_top(scores: jax.Array, count: int | jax.Array) -> jax.Array:
     """Bool mask [..., C] of exactly `count` largest non-negative scores, ties to the lower index.
 
+    An array `count` [...] gives each row of scores its own; negative scores are then never taken.
     Few candidates are ranked by comparing all pairs at once. Of more, the count-th largest is found
     by bisection on the bits of the float32 values, which order as integers do: 31 passes over C,
     where a sort of C = 8192 takes ten times as long on a CPU.
     """
     size = scores.shape[-1]
+    keys = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+    if not isinstance(count, int):
+        return _top_by_bisection(keys, count)
     if count <= 0:
         return jnp.zeros(scores.shape, bool)
     if count >= size:
         return jnp.ones(scores.shape, bool)
-    keys = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
     return _top_by_pairs(keys, count) if size <= _FEW else _top_by_bisection(keys, count)
 
 
@@ -95,12 +98,12 @@ def _top_by_pairs(keys: jax.Array, count: int) -> jax.Array:
     return ahead.sum(-1) < count
 
 
-def _top_by_bisection(keys: jax.Array, count: int) -> jax.Array:
+def _top_by_bisection(keys: jax.Array, count: int | jax.Array) -> jax.Array:
     size = keys.shape[-1]
     limit = _bisect(lambda t: (keys >= t[..., None]).sum(-1) >= count, keys.shape[:-1], 31)
     limit = limit[..., None]
     above = keys > limit
-    room = count - above.sum(-1)
+    room = count - above.sum(-1, dtype=jnp.int32)
     index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
     tied = keys == limit
 

@@ -34,6 +34,7 @@ TARGETS = (
     "popjax_masked_mlp",
     "popjax_top",
     "popjax_decode_attention",
+    "popjax_ragged_decode",
     "popjax_read",
 )
 

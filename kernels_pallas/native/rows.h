@@ -7,13 +7,14 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define POPJAX_INLINE inline __attribute__((always_inline))
 // Blocks of rows and vectors are unrolled whole, so that their sums stay in registers.
 #if defined(__clang__)
 #define POPJAX_UNROLL _Pragma("unroll")
 #else
-#define POPJAX_UNROLL _Pragma("GCC unroll 4")
+#define POPJAX_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace popjax {
@@ -64,15 +65,55 @@ struct Lanes {
     POPJAX_UNROLL
     for (int i = 0; i < kParts; ++i) part[i] += a.part[i] * b;
   }
-  POPJAX_INLINE float sum() const {
-    float total[kLanes];
-    store(total);
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) total[i] += total[i + half];
+  // As one vector, whose sum is that of all.
+  POPJAX_INLINE Vector<float, N> folded() const {
+    Lanes out = *this;
+    POPJAX_UNROLL
+    for (int half = kParts / 2; half > 0; half /= 2) {
+      POPJAX_UNROLL
+      for (int i = 0; i < half; ++i) out.part[i] += out.part[i + half];
     }
-    return total[0];
+    return out.part[0];
   }
+  POPJAX_INLINE float sum() const;
 };
+
+// Each group of 2 * H floats folded to H: those of `a`, then those of `b`.
+template <int H, typename V, int... I>
+POPJAX_INLINE V folded(const V& a, const V& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (I / H * 2 * H + I % H)...) +
+         __builtin_shufflevector(a, b, (I / H * 2 * H + I % H + H)...);
+#else
+  using Places = Vector<int32_t, sizeof...(I)>;
+  return __builtin_shuffle(a, b, Places{(I / H * 2 * H + I % H)...}) +
+         __builtin_shuffle(a, b, Places{(I / H * 2 * H + I % H + H)...});
+#endif
+}
+
+// The sums of C <= N vectors of N floats, in the first C places. Their halves are added first, then
+// the halves of that: for each vector the same tree whatever C is.
+template <int N, int C, int H = N / 2>
+POPJAX_INLINE Vector<float, N> sums_of(const Vector<float, N>* vectors) {
+  if constexpr (H == 0) {
+    return vectors[0];
+  } else {
+    constexpr int kHalf = C > 1 ? C / 2 : 1, kNext = C > 1 ? 1 : 0;
+    Vector<float, N> half[kHalf];
+    POPJAX_UNROLL
+    for (int i = 0; i < kHalf; ++i) {
+      half[i] =
+          folded<H>(vectors[2 * i], vectors[2 * i + kNext], std::make_integer_sequence<int, N>());
+    }
+    return sums_of<N, kHalf, H / 2>(half);
+  }
+}
+
+template <int N>
+POPJAX_INLINE float Lanes<N>::sum() const {
+  const Vector<float, N> one = folded();
+  return sums_of<N, 1>(&one)[0];
+}
 
 POPJAX_INLINE float bits_to_float(uint32_t bits) {
   float value;
@@ -187,15 +228,18 @@ struct Int4Rows {
   }
 };
 
+// Both may be told which `count` rows to ask memory for meanwhile; without, it is the next few.
+
 // out[i * row_stride + v * vector_stride] = row rows[i] . x[v] of `count` rows.
 template <typename W>
 void dot_rows(const W& w, const int64_t* rows, int64_t count, const float* x, int64_t vectors,
-              float* out, int64_t row_stride, int64_t vector_stride);
+              float* out, int64_t row_stride, int64_t vector_stride,
+              const int64_t* ahead = nullptr);
 
 // y[v] += sum over i of h[i * row_stride + v * vector_stride] * row rows[i], in the order of i.
 template <typename W>
 void add_rows(const W& w, const int64_t* rows, int64_t count, const float* h, int64_t row_stride,
-              int64_t vector_stride, int64_t vectors, float* y);
+              int64_t vector_stride, int64_t vectors, float* y, const int64_t* ahead = nullptr);
 
 // The sum of `size` floats, as fast as they can be read.
 float sum_of(const float* data, int64_t size);

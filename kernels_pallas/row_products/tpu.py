@@ -62,12 +62,13 @@ def expand(
 ) -> list[jax.Array]:
     """h [N, capacity x size] float32 of x [N, D] with the same units of one or two matrices.
 
-    units [capacity] int32, of which the first count [1] are valid; the others give zero. size: 128
-    for blocks, 1 for rows.
+    units [capacity] int32, of which the first count [1] are valid; the others give zero, and a
+    count above the capacity is the capacity. size: 128 for blocks, 1 for rows.
     """
     if not units.shape[0]:
         return [jnp.zeros((x.shape[0], 0), jnp.float32) for _ in weights]
     run = _expand_blocks if size == LANES else _expand_rows
+    count = jnp.minimum(count, units.shape[0])  # past the list lies memory that no one made
     return run(x.astype(weights[0].dtype), list(weights), units, count, interpret)
 
 
@@ -84,6 +85,7 @@ def contract(
     if not units.shape[0]:
         return jnp.zeros((h.shape[0], math.prod(w.shape[1:])), jnp.float32)
     run = _contract_blocks if size == LANES else _contract_rows
+    count = jnp.minimum(count, units.shape[0])
     return run(h.astype(w.dtype), w, units, count, interpret)
 
 

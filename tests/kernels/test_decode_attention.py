@@ -13,7 +13,8 @@ from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.decode_attention.reference import decode_attention as reference
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
-FORMS = {"native": decode_attention, "reference": reference}
+# Compiled: op by op, XLA would compile each of a dozen anew for every shape.
+FORMS = {"native": decode_attention, "reference": jax.jit(reference, static_argnames="window")}
 
 
 def inputs(seed: int, B: int, K: int, G: int, S: int, H: int, dtype: str = "float32") -> Any:

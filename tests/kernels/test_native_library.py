@@ -33,6 +33,7 @@ import jax, jax.numpy as jnp, numpy as np
 from kernels_pallas import native
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.masked_mlp import POINTS, Selection, masked_mlp
+from kernels_pallas.ragged_decode import ragged_decode
 from kernels_pallas.row_products import contract_rows, expand_many, expand_rows, quantized
 
 rng = np.random.default_rng(0)
@@ -61,6 +62,10 @@ for point in POINTS:
 positions = jnp.full((2,), 899), jnp.tile(jnp.arange(900), (2, 1))
 q, k, v = normal(2, 6, 33), normal(2, 2, 900, 33), normal(2, 2, 900, 33)
 out["attention"] = decode_attention(q, k, v, *positions)
+starts, lengths = jnp.asarray([[700, 0], [900, 100]]), jnp.asarray([[1100, 700], [0, 900]])
+ranges = normal(1800, 66), jnp.arange(1800) % 900, starts, lengths
+cache = q[:, None], *ranges, k, v, positions[0][:, None], positions[1]
+out["ragged"] = ragged_decode(*cache, softcap=2.0, implementation="native")
 np.savez(sys.argv[1], **{name: np.asarray(array) for name, array in out.items()})
 print(native.status().instruction_set)
 """

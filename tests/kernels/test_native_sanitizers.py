@@ -17,7 +17,13 @@ import pytest
 from kernels_pallas.native import build, library
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
-KERNELS = ("test_row_products", "test_selection", "test_masked_mlp", "test_decode_attention")
+KERNELS = (
+    "test_row_products",
+    "test_selection",
+    "test_masked_mlp",
+    "test_decode_attention",
+    "test_ragged_decode",
+)
 # What XLA computes is not under test here.
 SELECT = ("-k", "not xla and not reference and not auto")
 # Two mistakes, built along: proof that the sanitizers look.

@@ -1,0 +1,70 @@
+"""What a feed-forward layer refuses before anything runs: shapes, dtypes and counts that disagree.
+
+Left out: what only data can show, such as rows outside the matrix, which the native kernels refuse.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masked_mlp.reference import ACTIVATIONS
+from kernels_pallas.masked_mlp.selection import POINTS, Selection
+
+Weights = tuple[jax.Array | None, jax.Array, jax.Array]
+
+
+def check_weights(x: jax.Array, weights: Weights, rows: jax.Array | None, activation: str) -> None:
+    """Raise ValueError unless x [B, T, D], gate, up, down [F, D] and rows [E] go together."""
+    up, held = weights[1], [w for w in weights if w is not None]
+    alike = len({w.shape for w in held}) == 1 and x.ndim == 3 and up.ndim in (2, 3)
+    if not alike or x.shape[-1] != math.prod(up.shape[1:]):
+        found = ", ".join("none" if w is None else str(w.shape) for w in weights)
+        raise ValueError(
+            f"masked_mlp needs x [B,T,D] and gate, up, down [E,D], got {x.shape}, {found}"
+        )
+    B, T, _ = x.shape
+    if not B * T:
+        raise ValueError(f"masked_mlp has no vector to work on: x has B = {B}, T = {T}, give one")
+    dtypes = [w.dtype.name for w in held]
+    if len(set(dtypes)) > 1:
+        raise ValueError(
+            f"masked_mlp needs gate, up, down of one dtype, got {', '.join(dtypes)}: cast them"
+        )
+    if rows is not None and (rows.ndim != 1 or rows.dtype != jnp.int32):
+        raise ValueError(
+            f"masked_mlp needs rows [E] int32, got {rows.dtype} of shape {rows.shape}: give the "
+            "numbers of the channels"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation {activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}"
+        )
+
+
+def check_given(given: jax.Array, B: int, T: int, E: int) -> None:
+    """Raise ValueError unless the mask is bool [B or 1, T, E]."""
+    if given.dtype != bool or given.shape not in ((B, T, E), (1, T, E)):
+        raise ValueError(
+            f"masked_mlp needs given [B or 1,T,E] bool with B = {B}, T = {T}, E = {E}, got "
+            f"{given.dtype} of shape {given.shape}"
+        )
+
+
+def check_selection(selection: Selection, E: int) -> None:
+    """Raise ValueError unless the selection can be made among E channels."""
+    C, k = selection.num_candidate, selection.k_selected
+    if selection.point not in POINTS:
+        raise ValueError(f"selection point {selection.point!r} is unknown: use one of {POINTS}")
+    if not 0 <= C <= E:
+        raise ValueError(f"a selection of C = {C} candidates is outside 0..E = {E}: lower it")
+    if selection.threshold is None and not 0 <= k <= C:
+        raise ValueError(f"a selection of k = {k} candidates is outside 0..C = {C}: lower it")
+    for name in ("candidate", "weight", "threshold"):
+        array = getattr(selection, name)
+        if array is not None and array.shape != (C,):
+            raise ValueError(
+                f"the {name} of a selection has shape {array.shape}, expected [C] with C = {C}"
+            )

@@ -1,11 +1,13 @@
 """Checkpoint files in and out: safetensors, GGUF, hub folders, orbax. Knows no models.
 
 Reading: `open_folder`, `open_gguf` (a `TensorSource` each), `fetch_folder`. Converting: `convert`
-and `export`, driven by tables of `Row`s. Writing: `save_safetensors`, and `store` for (config,
-params) of our own. Every unusable file is a `CheckpointError`.
+and `export`, driven by tables of `Row`s. Writing: `save_safetensors`, `store` for (config, params)
+of our own, `save_bundle` for what belongs to a model but is none. Every unusable file is a
+`CheckpointError`.
 """
 
 from checkpoints import store
+from checkpoints.bundle import load_bundle, save_bundle
 from checkpoints.digest import sha256
 from checkpoints.engine import Row, convert, nested
 from checkpoints.errors import CheckpointError
@@ -28,10 +30,12 @@ __all__ = [
     "convert",
     "export",
     "fetch_folder",
+    "load_bundle",
     "nested",
     "open_folder",
     "open_gguf",
     "read_json_object",
+    "save_bundle",
     "save_safetensors",
     "sha256",
     "store",

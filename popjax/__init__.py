@@ -14,6 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from popjax.config import ModelConfig
+    from popjax.context import Context
+    from popjax.eviction import (
+        H2O,
+        KV_METHODS,
+        AdaKV,
+        CriticalKV,
+        FastKVzip,
+        KvMethod,
+        KVzip,
+        LaProx,
+        PrefixKV,
+        PyramidKV,
+        SnapKV,
+        StreamingLLM,
+        Tova,
+        kv_method_named,
+    )
     from popjax.methods import (
         METHODS,
         Frozen,
@@ -29,26 +46,58 @@ if TYPE_CHECKING:
     from popjax.sparsity import ChannelBudget, ChannelPartition, channel_budget
 
 __all__ = [
+    "H2O",
+    "KV_METHODS",
     "METHODS",
+    "AdaKV",
     "ChannelBudget",
     "ChannelPartition",
+    "Context",
+    "CriticalKV",
+    "FastKVzip",
     "Frozen",
     "Generation",
     "Griffin",
+    "KVzip",
+    "KvMethod",
+    "LaProx",
     "LanguageModel",
     "Method",
     "ModelConfig",
     "OnlinePruning",
+    "PrefixKV",
+    "PyramidKV",
     "Report",
     "RescoreAll",
     "SamplingConfig",
+    "SnapKV",
+    "StreamingLLM",
+    "Tova",
     "channel_budget",
+    "kv_method_named",
     "load",
     "method_named",
 ]
 
 _HOMES = {
     "config": ("ModelConfig",),
+    "context": ("Context",),
+    "eviction": (
+        "H2O",
+        "KV_METHODS",
+        "AdaKV",
+        "CriticalKV",
+        "FastKVzip",
+        "KVzip",
+        "KvMethod",
+        "LaProx",
+        "PrefixKV",
+        "PyramidKV",
+        "SnapKV",
+        "StreamingLLM",
+        "Tova",
+        "kv_method_named",
+    ),
     "model": ("Generation", "LanguageModel", "load"),
     "report": ("Report",),
     "sampling": ("SamplingConfig",),

@@ -19,7 +19,7 @@ from popjax import cache as kv
 from popjax import generate, sharding
 from popjax.config import ModelConfig
 from popjax.generate import DecodeState, Options
-from popjax.methods import Method
+from popjax.methods import Method, check_evaluated
 from popjax.nn.transformer import Inputs, Outputs
 from popjax.sampling import SamplingConfig, row_keys
 from popjax.sparsity import ChannelPartition, Params, Partitions, keeps_order
@@ -75,6 +75,7 @@ def packed(
     plan, _ = jax.eval_shape(make_plan, outputs.statistics)
     if plan.channels is None:
         return params, config, None
+    check_evaluated(method, config, [part.evaluated for part in plan.channels])
     narrow = config.with_mlp_dims(tuple(part.evaluated for part in plan.channels))
     rows = place.params(narrow, params["embed"]["table"].dtype)
     layers, parts = {}, []

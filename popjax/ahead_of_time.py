@@ -20,9 +20,10 @@ import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import pallas_obstacle
 from popjax.abstract_run import Place, decode_arguments, outputs_of, packed
+from popjax.buckets import bucket
 from popjax.config import ModelConfig
-from popjax.generate import Options, Programs, bucket
-from popjax.methods import Method, method_name
+from popjax.generate import Options, Programs
+from popjax.methods import Method, check_evaluated, method_name
 from popjax.nn.transformer import Inputs
 from popjax.sampling import SamplingConfig
 from popjax.sparsity import Params
@@ -42,7 +43,8 @@ _REFUSED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)")
 class Workload:
     """What is to run where. context: tokens of a row, prompt and `new_tokens` together.
 
-    Raises ValueError for a context that the model or the new tokens do not allow.
+    Raises ValueError for a context that the model or the new tokens do not allow, and for a method
+    that cannot apply to the model or leaves a layer no channel.
     """
 
     config: ModelConfig
@@ -67,6 +69,7 @@ class Workload:
             )
         if self.batch < 1:
             raise ValueError(f"batch {self.batch} is not above 0: give the number of rows")
+        check_evaluated(self.method.for_model(self.config), self.config)
 
     @property
     def prompt_slots(self) -> int:
@@ -186,7 +189,8 @@ class Rehearsal:
         """The decode loop over packed weights."""
         static = {"config": self._narrow, "method": self.method, "flags": self._flags}
         static["options"] = Options(implementation=implementation_of(self.workload))
-        arguments = (self.state, self.packed_params, self._parts, None, self._values, self._until)
+        given = (self.packed_params, self._parts, None, self._values, None)
+        arguments = (self.state, *given, self._until)
         return _compiled(Programs().decode, arguments, static | {"mesh": self.place.mesh})
 
     def forecast(self) -> Forecast:

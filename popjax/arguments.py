@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from popjax.eviction import KV_METHODS, KvMethod, kv_method_named
 from popjax.methods import METHODS, Method, method_named
 from popjax.sampling import SamplingConfig
 
@@ -139,3 +140,24 @@ def chosen_method(method: Method | str, options: dict[str, Any]) -> Method:
             "method itself, or name the method by a string"
         )
     return method
+
+
+def chosen_eviction(
+    kv: KvMethod | str | None, keep: float | None, tokens: int | None
+) -> KvMethod | None:
+    """The eviction method meant by one, or by a name with its budget; None for no eviction.
+
+    Raises ValueError for anything else, and for a name without a budget or a budget without a name.
+    """
+    if isinstance(kv, str):
+        if keep is None and tokens is None:
+            raise ValueError(f"kv {kv!r} needs a budget: give kv_keep (a share) or kv_tokens")
+        return kv_method_named(kv, keep=keep, tokens=tokens)
+    if kv is not None and not isinstance(kv, KvMethod):
+        raise ValueError(f"kv {kv!r} is not a KvMethod: use one of {', '.join(KV_METHODS)}")
+    if keep is not None or tokens is not None:
+        raise ValueError(
+            f"kv_keep={keep} and kv_tokens={tokens} go with the name of a method: give kv='laprox' "
+            "with them, or the budget to the method itself"
+        )
+    return kv

@@ -8,6 +8,7 @@ there is no catch-all.
     B batch            T query positions   S cache positions   D model width
     N query heads      K key/value heads   G queries per K     H head size
     F FFN channels     R retained          C candidate         V vocabulary      L layers
+    A gate width       Z sinks of a gate
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ PARAMETERS: dict[str, str] = {
     "layer_{i}/attn/o_bias": "D",
     "layer_{i}/attn/q_norm": "H",
     "layer_{i}/attn/k_norm": "H",
+    # Gates that score cache entries, trained for a model and no part of it: no model's own
+    # parameters (`parameter_paths`) have them, `popjax.eviction.gates` adds them.
+    "layer_{i}/attn/kv_gate/q": "KGAD",
+    "layer_{i}/attn/kv_gate/q_bias": "KGA",
+    "layer_{i}/attn/kv_gate/k": "KAD",
+    "layer_{i}/attn/kv_gate/q_norm": "A",
+    "layer_{i}/attn/kv_gate/k_norm": "A",
+    "layer_{i}/attn/kv_gate/sinks": "KZA",
+    "layer_{i}/attn/kv_gate/bias": "KG",
     "layer_{i}/mlp_norm/scale": "D",
     # Channel-major on purpose: a channel is one contiguous row, so one gather packs a partition
     # and a pruned channel is bytes never read.
@@ -44,6 +54,9 @@ PARAMETERS: dict[str, str] = {
     "layer_{i}/mlp/up": "FD",
     "layer_{i}/mlp/down": "FD",
 }
+
+# Width of a gate's queries and keys, and its learned sink keys (arXiv 2601.17668: 16 and 16).
+GATE_WIDTH, GATE_SINKS = 16, 16
 
 # Letter -> the mesh axis that splits it, or several, the first varying slowest.
 Rules = Mapping[str, str | tuple[str, ...]]
@@ -91,6 +104,8 @@ def sizes(config: ModelConfig, layer: LayerConfig | None = None) -> dict[str, in
             "G": layer.num_heads // layer.num_kv_heads,
             "H": layer.head_dim,
             "F": layer.mlp_dim,
+            "A": GATE_WIDTH,
+            "Z": GATE_SINKS,
         }
     return known
 

@@ -1,11 +1,13 @@
 """The key/value cache: made empty, written at a slot, carried in and out of the model.
 
 Keys are stored after rotation, with their true positions; an empty or padding slot has position -1
-and is never attended. One slot counter serves the batch, since prompts are left-padded.
+and is never attended. One slot counter serves the batch, since prompts are left-padded. What
+outlived an eviction lies apart, in `Kept`; which entries do is decided in `eviction/`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -26,12 +28,40 @@ class LayerCache:
 
 
 @struct.dataclass
+class Kept:
+    """Entries that outlived an eviction, of all layers side by side in one pool.
+
+    entries [E, 2H]: a rotated key and its value; positions [E] int32, those of the prompt. The
+    entries of a layer, row and head are `lengths` [L, B, K] rows from `starts` [L, B, K] on, int32.
+    One pool, since its size follows from the budget alone: how a budget falls on layers and heads
+    is data, and compiles nothing. Rows of a batch may name the same entries.
+    """
+
+    entries: jax.Array
+    positions: jax.Array
+    starts: jax.Array
+    lengths: jax.Array
+
+    def layer(self, i: int) -> Kept:
+        """The same pool with starts and lengths [B, K] of one layer."""
+        return dataclasses.replace(self, starts=self.starts[i], lengths=self.lengths[i])
+
+
+@struct.dataclass
 class Cache:
-    """The cache of every layer, the position of each slot [B, S] int32, and slots used (scalar)."""
+    """The cache of every layer, the position of each slot [B, S] int32, and slots used (scalar).
+
+    After an eviction `kept` holds what is left of the prompt, and the layers only what came since.
+    """
 
     layers: tuple[LayerCache, ...]
     positions: jax.Array
     length: jax.Array
+    kept: Kept | None = None
+
+    def kept_of(self, i: int) -> Kept | None:
+        """Layer i of `kept`, where there is any."""
+        return None if self.kept is None else self.kept.layer(i)
 
 
 def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
@@ -87,7 +117,7 @@ def bits(x: jax.Array) -> jax.Array:
 
 
 def _reshaped(cache: Cache, form: Callable[[jax.Array], jax.Array]) -> Cache:
-    return Cache(jax.tree.map(form, cache.layers), cache.positions, cache.length)
+    return dataclasses.replace(cache, layers=jax.tree.map(form, cache.layers))
 
 
 def write_positions(cache: Cache, positions: jax.Array) -> jax.Array:
@@ -96,5 +126,5 @@ def write_positions(cache: Cache, positions: jax.Array) -> jax.Array:
 
 
 def bytes_held(cache: Cache) -> int:
-    """Bytes that the keys, values and positions occupy, read from the arrays."""
+    """Bytes that keys, values, positions and the places of kept entries occupy, from the arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))

@@ -7,6 +7,7 @@ continuation in one prefill would exercise no decode-time sparsity at all. Leave
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from popjax import renumbering, sharding
+from popjax.buckets import bucket
 from popjax.config import ModelConfig
-from popjax.generate import PROGRAMS, bucket, left_padded
+from popjax.eviction import KvMethod
+from popjax.generate import PROGRAMS
 from popjax.methods import Method
 from popjax.nn.transformer import Inputs
 from popjax.packing import pack
+from popjax.prefilling import Prefill, after_eviction, prefilled
 from popjax.request import Request, settled
 from popjax.run import plan_channels
 from popjax.sparsity import Params, Partitions
@@ -31,13 +35,15 @@ def continuation_logprobs(
     method: Method,
     prefix_ids: Sequence[int],
     continuation_ids: Sequence[int],
+    eviction: KvMethod | None = None,
 ) -> np.ndarray:
     """Natural log-probability [n] float32 of each of n continuation tokens after the prefix.
 
     The first comes from the prefill's logits, the others from n - 1 decode steps under `method`.
     Raises ValueError for what the model cannot serve and for an empty or foreign continuation.
     """
-    logits = continuation_logits(params, config, method, [prefix_ids], [continuation_ids])
+    given = [prefix_ids], [continuation_ids]
+    logits = continuation_logits(params, config, method, *given, eviction=eviction)
     tokens = jnp.asarray(np.asarray(continuation_ids, np.int32))
     padded = jnp.zeros((logits.shape[1],), jnp.int32).at[: len(continuation_ids)].set(tokens)
     return np.asarray(token_logprobs(logits[0], padded))[: len(continuation_ids)]
@@ -50,24 +56,26 @@ def continuation_logits(
     prefixes: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     partition: Partitions | None = None,
+    eviction: KvMethod | None = None,
 ) -> jax.Array:
     """Logits [B, n', V] float32 that predict each continuation token, n' at least the longest n.
 
     Row b is meaningful up to its own length. Rows share a partition as in generation; `partition`
-    replaces the one that the prefixes would decide. Raises ValueError as `continuation_logprobs`.
+    replaces the one that the prefixes would decide. With an `eviction` the continuation sees what
+    stays of the prefix. Raises ValueError as `continuation_logprobs`.
     """
     method = method.for_model(config)
     mesh = sharding.mesh_of(params, config)
-    partition = _checked(config, method, prefixes, continuations, partition)
-    partition = renumbering.to_shards(partition, config, mesh)
-    inputs = sharding.placed(left_padded(prefixes), "B", mesh)
+    asked = _checked(config, method, prefixes, continuations, partition, eviction)
+    partition = renumbering.to_shards(asked.partition, config, mesh)
     static: dict[str, Any] = {"method": method, "mesh": mesh}
     steps = max(len(row) for row in continuations) - 1
     room = bucket(steps) if steps else 0
-    capacity = inputs.tokens.shape[1] + room
-    outputs = PROGRAMS.prefill(
-        params, inputs, partition, config=config, capacity=capacity, **static
+    prompts = Prefill(
+        prefixes, config, method, asked.eviction_for(config, mesh), room=room, mesh=mesh
     )
+    outputs = prefilled(params, prompts, prompts.inputs(), partition)
+    outputs, kept = after_eviction(params, prompts, outputs)
     first = outputs.logits[:, None, :]
     if not steps:
         return first
@@ -76,7 +84,8 @@ def continuation_logits(
     if partition is not None:
         params, config, partition = pack(params, config, partition, mesh)
     given = sharding.placed(_given_tokens(prefixes, continuations, room), "B", mesh)
-    rest = PROGRAMS.score(params, given, outputs.cache, partition, config=config, **static)
+    cache = dataclasses.replace(outputs.cache, kept=kept)
+    rest = PROGRAMS.score(params, given, cache, partition, config=config, **static)
     return jnp.concatenate([first, rest], axis=1)
 
 
@@ -106,8 +115,9 @@ def _checked(
     prefixes: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     partition: Partitions | None,
-) -> Partitions | None:
-    """The partition as it will be used; ValueError for anything that cannot be scored."""
+    eviction: KvMethod | None,
+) -> Request:
+    """The request as it will be used; ValueError for anything that cannot be scored."""
     if len(prefixes) != len(continuations):
         raise ValueError(
             f"{len(prefixes)} prefixes for {len(continuations)} continuations: give as many of each"
@@ -121,5 +131,5 @@ def _checked(
                 "encode it with this model's tokenizer"
             )
     longest = max((len(row) for row in continuations), default=1)
-    request = Request(prefixes, longest, method=method, partition=partition)
-    return settled(request, config, method).partition
+    request = Request(prefixes, longest, method=method, partition=partition, eviction=eviction)
+    return settled(request, config, method)

@@ -9,12 +9,10 @@ program runs on the shards of every device at once (`sharding.py`); configs are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
@@ -22,6 +20,8 @@ from kernels_pallas.masked_mlp import PALLAS
 from popjax import cache as kv
 from popjax import sharding
 from popjax.config import ModelConfig
+from popjax.eviction.evict import Programs as EvictionPrograms
+from popjax.eviction.method import KvMethod
 from popjax.methods import Method
 from popjax.nn.transformer import Inputs, Outputs, Transformer
 from popjax.program import Program
@@ -61,7 +61,7 @@ def _letters() -> tuple[Outputs, DecodeState]:
     cache = kv.Cache(layers=heads, positions=rows, length=everywhere)
     state: dict[str, Any] = {field.name: rows for field in dataclasses.fields(DecodeState)}
     state |= {"step": everywhere, "cache": cache, "masks": masks}
-    return Outputs(rows, cache, statistics=channels), DecodeState(**state)
+    return Outputs(rows, cache, statistics=channels, seen=rows), DecodeState(**state)
 
 
 # What a mesh splits. The leading axis of a method's statistics is F.
@@ -82,31 +82,6 @@ class Options:
     pack: bool = True
 
 
-def bucket(length: int, smallest: int = 16) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that holds `length`: few compiles, few pads."""
-    size = smallest
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size
-
-
-def left_padded(prompts: Sequence[Sequence[int]], length: int | None = None) -> Inputs:
-    """Inputs [B, T] of token lists, right-aligned in a bucket (or `length`), pads at position -1.
-
-    Raises ValueError for an empty prompt.
-    """
-    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
-    if empty or not prompts:
-        raise ValueError(f"prompt {empty[0] if empty else 0} has no tokens: give at least one")
-    T = bucket(max(len(prompt) for prompt in prompts)) if length is None else length
-    tokens = np.zeros((len(prompts), T), np.int32)
-    positions = np.full((len(prompts), T), -1, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, T - len(prompt) :] = prompt
-        positions[row, T - len(prompt) :] = np.arange(len(prompt))
-    return Inputs(jnp.asarray(tokens), jnp.asarray(positions))
-
-
 @sharding.over_mesh(sharding.param_letters, "B", "F", outs=OUTPUTS)
 def prefill(
     params: Params,
@@ -116,14 +91,48 @@ def prefill(
     config: ModelConfig,
     method: Method,
     capacity: int,
+    eviction: KvMethod | None = None,
     mesh: Mesh | None = None,
 ) -> Outputs:
     """Run the prompt into a fresh cache of `capacity` slots; logits [B, V] of its last token."""
     config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
-    model = Transformer(config, method, shards=shards)
+    model = Transformer(config, method, shards=shards, eviction=eviction or KvMethod())
     dtype = params["embed"]["table"].dtype
     cache = kv.empty(config, inputs.tokens.shape[0], capacity, dtype)
     return _apply(model, params, "prefill", inputs, cache, partition)
+
+
+@sharding.over_mesh(OUTPUTS, sharding.param_letters, "B", "F", "", outs=OUTPUTS)
+def extend(
+    before: Outputs,
+    params: Params,
+    inputs: Inputs,
+    partition: Partitions | None,
+    kept: kv.Kept | None,
+    *,
+    config: ModelConfig,
+    method: Method,
+    eviction: KvMethod | None = None,
+    mesh: Mesh | None = None,
+) -> Outputs:
+    """Outputs after a further chunk of the prompt, given those of what came before it.
+
+    The chunk attends to everything before, and to what an eviction `kept`; statistics are combined
+    as the methods say. Where nothing was observed before, they are those of the chunk.
+    """
+    config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
+    eviction = eviction or KvMethod()
+    model = Transformer(config, method, shards=shards, eviction=eviction)
+    cache = dataclasses.replace(before.cache, kept=kept)
+    now = _apply(model, params, "prefill", inputs, cache, partition)
+    now = dataclasses.replace(now, cache=dataclasses.replace(now.cache, kept=None))
+    if not before.statistics:
+        return now
+    pairs = zip(before.statistics, now.statistics, strict=True)
+    statistics = tuple(method.combine(old, new) for old, new in pairs)
+    pairs = zip(before.seen, now.seen, strict=True)
+    seen = tuple(eviction.combine(old, new) for old, new in pairs)
+    return dataclasses.replace(now, statistics=statistics, seen=seen)
 
 
 @sharding.over_mesh("F", outs=("F", ""))
@@ -228,13 +237,14 @@ def start(
     return emit(state, logits, values, flags)
 
 
-@sharding.over_mesh(STATE, sharding.param_letters, "F", "TBF", "", "", outs=STATE)
+@sharding.over_mesh(STATE, sharding.param_letters, "F", "TBF", "", "", "", outs=STATE)
 def decode(
     state: DecodeState,
     params: Params,
     partition: Partitions | None,
     replay: Masks | None,
     values: SamplingValues,
+    kept: kv.Kept | None,
     until: jax.Array,
     *,
     config: ModelConfig,
@@ -246,7 +256,8 @@ def decode(
     """Decode until `until` tokens are out or every row is done; the same program serves streaming.
 
     Reads only the parameters given, so packed ones make it touch only R u C. `replay` masks
-    [steps, B or 1, R+C] a layer replace the method's own.
+    [steps, B or 1, R+C] a layer replace the method's own. What an eviction `kept` is read, never
+    written: it stays outside of what the loop carries, and of what is donated.
     """
     config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
     implementation = options.implementation or "xla"
@@ -260,11 +271,11 @@ def decode(
         positions = jnp.where(state.done, -1, state.positions)
         inputs = Inputs(state.last[:, None], positions[:, None])
         recorded = None if replay is None else tuple(m[state.step - 1][:, None, :] for m in replay)
-        out = _apply(model, params, "decode", inputs, state.cache, partition, recorded)
+        cache = dataclasses.replace(state.cache, kept=kept)
+        out = _apply(model, params, "decode", inputs, cache, partition, recorded)
         masks = _record(state.masks, out.masks, state.step)
-        state = dataclasses.replace(
-            state, cache=out.cache, positions=state.positions + 1, masks=masks
-        )
+        cache = dataclasses.replace(out.cache, kept=None)
+        state = dataclasses.replace(state, cache=cache, positions=state.positions + 1, masks=masks)
         return emit(state, out.logits, values, flags)
 
     carried = kv.merged(state.cache, as_bits=implementation not in PALLAS)
@@ -289,7 +300,14 @@ class Programs:
     """The compiled programs of the core. One set a process is enough: they hold no weights."""
 
     prefill: Program = dataclasses.field(
-        default_factory=lambda: Program(prefill, static=("config", "method", "capacity", "mesh"))
+        default_factory=lambda: Program(
+            prefill, static=("config", "method", "capacity", "eviction", "mesh")
+        )
+    )
+    extend: Program = dataclasses.field(
+        default_factory=lambda: Program(
+            extend, static=("config", "method", "eviction", "mesh"), donate=(0,)
+        )
     )
     plan: Program = dataclasses.field(
         default_factory=lambda: Program(make_plan, static=("config", "method", "mesh"))
@@ -308,8 +326,11 @@ class Programs:
         )
     )
 
+    evict: EvictionPrograms = dataclasses.field(default_factory=EvictionPrograms)
+
     def _all(self) -> tuple[Program, ...]:
-        return (self.prefill, self.plan, self.score, self.start, self.decode)
+        core = (self.prefill, self.extend, self.plan, self.score, self.start, self.decode)
+        return (*core, *self.evict.all())
 
     @property
     def compilations(self) -> int:

@@ -19,13 +19,19 @@ from jax.sharding import Mesh
 
 import checkpoints
 from popjax import arguments, sharding, text
+from popjax.cache import Kept
 from popjax.config import ModelConfig
+from popjax.context import Context, load_context
+from popjax.eviction import KvMethod, KVzip
+from popjax.eviction.gates import without_gates
+from popjax.fingerprint import fingerprint
 from popjax.generate import Masks, Options
 from popjax.gguf_tokenizer import end_token_ids, tokenizer_from_gguf
 from popjax.listening import Listener
 from popjax.loading import Source, open_source, read_params
 from popjax.methods import Method, method_name
 from popjax.packing import as_matrices, tiled_placer
+from popjax.prefilling import make_context
 from popjax.report import Report, make_report
 from popjax.run import Request, run
 from popjax.sparsity import Params, Partitions
@@ -40,6 +46,7 @@ class Generation:
     token under the model itself, before any filter; logits [B, n, V]; partition: a ChannelPartition
     a layer over the full F channels; masks [steps, B, R+C] bool a layer, in the order
     retained-then-candidate (channel order where R u C is everything). None where not asked for.
+    kept: the cache entries that an eviction left of the prompt, None where all stayed.
     """
 
     text: list[str]
@@ -50,6 +57,7 @@ class Generation:
     partition: Partitions | None
     masks: Masks | None
     report: Report
+    kept: Kept | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +115,12 @@ class LanguageModel:
         streamer: Any = None,
         implementation: str | None = None,
         pack: bool = True,
+        kv: KvMethod | str | None = None,
+        kv_keep: float | None = None,
+        kv_tokens: int | None = None,
+        context: Context | None = None,
+        kv_every: int | None = None,
+        prefill_chunk: int | None = None,
         **method_options: Any,
     ) -> Generation:
         """Generate text for one prompt or many.
@@ -117,12 +131,17 @@ class LanguageModel:
         row, which makes a row independent of its batch. streamer: a callable taking new text, or
         an object with put(ids) and end(), for one row. partition and masks replay an earlier run.
         pack: False fetches rows by index instead of packing them (kernels of an accelerator).
-        Raises ValueError for anything out of range before work begins.
+        kv: what of the prompt stays in the cache, a KvMethod, or its name with the share kv_keep or
+        the number kv_tokens of entries a head. context: what `prefill` made, which every prompt
+        continues. kv_every: evict again after so many new tokens. prefill_chunk: run prompts so
+        many tokens at a time, which bounds memory. Raises ValueError for anything out of range
+        before work begins.
         """
-        prompt_ids = self.encode(prompts, chat=chat)
+        prompt_ids = self.encode(prompts, chat=chat, begin=context is None)
         # A folder without a tokenizer fails here, not after the work is done.
         tokenizer, stated = self.tokenizer, self.source.generation
-        room = self.config.max_positions - max(map(len, prompt_ids))
+        before = 0 if context is None else len(context.tokens)
+        room = self.config.max_positions - before - max(map(len, prompt_ids))
         new = arguments.new_tokens(max_new_tokens, stated.get("max_new_tokens"), room)
         given = {
             "do_sample": do_sample,
@@ -153,17 +172,74 @@ class LanguageModel:
             masks=masks,
             options=Options(return_logprobs, return_logits, record_masks, implementation, pack),
             on_chunk=listener,
+            eviction=self._eviction(kv, kv_keep, kv_tokens),
+            context=self._own(context),
+            prefill_chunk=prefill_chunk,
+            evict_every=kv_every,
         )
         return self._finish(request, listener)
 
-    def encode(self, prompts: Any, *, chat: bool = False) -> list[list[int]]:
-        """Token ids of prompts in any accepted form. Raises ValueError for anything else."""
+    def prefill(
+        self,
+        prompt: Any,
+        *,
+        chat: bool = False,
+        kv: KvMethod | str | None = None,
+        kv_keep: float | None = None,
+        kv_tokens: int | None = None,
+        prefill_chunk: int | None = None,
+    ) -> Context:
+        """Run one prompt once, keep what `kv` says of its cache, for many calls of `generate`.
+
+        The entries are chosen before any question is known. Arguments as in `generate`; without
+        `kv` every entry stays. Raises ValueError for more than one prompt.
+        """
+        rows = self.encode(prompt, chat=chat)
+        if len(rows) != 1:
+            raise ValueError(f"a context is one prompt, {len(rows)} were given: prefill each alone")
+        request = Request(
+            rows,
+            1,
+            eviction=self._eviction(kv, kv_keep, kv_tokens),
+            prefill_chunk=prefill_chunk,
+        )
+        return make_context(self.params, self.config, request)
+
+    def load_context(self, path: str | os.PathLike[str]) -> Context:
+        """A context that `Context.save` wrote. Raises CheckpointError unless it is this model's."""
+        dtype = self.params["embed"]["table"].dtype
+        return load_context(path, self.config, fingerprint(self.params, self.config), dtype)
+
+    def _eviction(
+        self, kv: KvMethod | str | None, keep: float | None, tokens: int | None
+    ) -> KvMethod | None:
+        """The eviction method meant; one that asks the model in words gets them as tokens."""
+        method = arguments.chosen_eviction(kv, keep, tokens)
+        if isinstance(method, KVzip) and not method.instruction_ids:
+            return method.worded(lambda words: self.encode(words, begin=False)[0])
+        return method
+
+    def _own(self, context: Context | None) -> Context | None:
+        """The context. Raises ValueError for one of another model."""
+        if context is None:
+            return None
+        if not isinstance(context, Context):
+            raise ValueError(f"context is a {type(context).__name__}: give what prefill() returns")
+        if context.fingerprint != fingerprint(self.params, self.config):
+            raise ValueError("context is of another model: prefill it with this one")
+        return context
+
+    def encode(self, prompts: Any, *, chat: bool = False, begin: bool = True) -> list[list[int]]:
+        """Token ids of prompts in any accepted form. Raises ValueError for anything else.
+
+        Without `begin` texts get no token that starts one: they continue another.
+        """
         if isinstance(prompts, np.ndarray | jax.Array):
             prompts = np.atleast_2d(np.asarray(prompts)).tolist()
         prompts, chat = arguments.prompt_list(prompts, chat)
         if all(arguments.is_ids(prompt) for prompt in prompts):
             return [[int(token) for token in prompt] for prompt in prompts]
-        return text.encode_prompts(self.tokenizer, prompts, chat=chat)
+        return text.encode_prompts(self.tokenizer, prompts, chat=chat, begin=begin)
 
     def _finish(self, request: Request, listener: Listener | None) -> Generation:
         result = run(self.params, self.config, request)
@@ -195,6 +271,7 @@ class LanguageModel:
                 result=result,
                 load_seconds=self.load_seconds,
             ),
+            kept=result.kept,
         )
 
     def save(self, folder: str) -> None:
@@ -208,7 +285,8 @@ class LanguageModel:
         # Every end token, a GGUF's too, so that the reloaded model stops where this one does.
         stated = {**self.source.generation, "eos_token_id": list(self.eos_token_ids) or None}
         files["generation_config.json"] = json.dumps(stated, indent=2).encode()
-        tensors = checkpoints.export(as_matrices(self.params, self.config), rows)
+        params = without_gates(as_matrices(self.params, self.config))
+        tensors = checkpoints.export(params, rows)
         checkpoints.save_safetensors(folder, tensors, config=raw, extra_files=files)
 
 
@@ -244,6 +322,7 @@ def load(
         subfolder=subfolder,
     )
     place = None if mesh is None else sharding.placer(source.config, mesh)
+    mesh = None if mesh is None else sharding.automatic(mesh)
     if tiles or (tiles is None and jax.default_backend() == "tpu"):
         place = tiled_placer(place or (lambda path, array: jax.device_put(array)))
     params, seconds = read_params(source, dtype=dtype, check_tensors=check_tensors, place=place)

@@ -16,13 +16,15 @@ from jax.sharding import Mesh, NamedSharding
 import checkpoints
 from popjax import axes, sharding
 from popjax.config import ModelConfig, from_json, to_json
+from popjax.eviction.gates import without_gates
 from popjax.packing import as_matrices
 from popjax.sparsity import Params
 
 
 def save_native(path: str | os.PathLike[str], config: ModelConfig, params: Params) -> Path:
     """Write config and parameters into a new folder; CheckpointError where it is not empty."""
-    return checkpoints.store.save(path, to_json(config), as_matrices(params, config))
+    own = without_gates(as_matrices(params, config))
+    return checkpoints.store.save(path, to_json(config), own)
 
 
 def restore_native(
@@ -38,6 +40,7 @@ def restore_native(
     CheckpointError for a damaged or foreign folder, ValueError where a mesh axis does not divide a
     parameter.
     """
+    mesh = None if mesh is None else sharding.automatic(mesh)
     shardings = None if mesh is None else _shardings(mesh, rules)
     values, params = checkpoints.store.restore(path, shardings=shardings)
     config = from_json(values)

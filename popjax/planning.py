@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from popjax import config as configs
 from popjax.ahead_of_time import Forecast, Workload, forecast, weights_and_cache
-from popjax.generate import bucket
+from popjax.buckets import bucket
 from popjax.methods import Method, method_name, method_named
 from popjax.targets import parse_target
 

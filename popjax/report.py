@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from kernels_pallas.masked_mlp import NATIVE
+from popjax.cache import Kept
 from popjax.config import ModelConfig
 from popjax.sparsity import Params, Partitions
 
@@ -27,6 +28,19 @@ class LayerReport:
     active: int
     dense_bytes: int
     read_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCacheReport:
+    """Cache entries of the prompt in one layer, all rows and heads, and their bytes, dense and now.
+
+    An entry is a key, a value and their position.
+    """
+
+    dense_entries: int
+    entries: int
+    dense_bytes: int
+    held_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +63,8 @@ class Comparison:
 class Report:
     """All that a run reports. Seconds by phase; bytes held and read; tokens a second in decode.
 
-    implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS.
+    implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kv: what
+    of the prompt stayed in the cache, layer by layer, where an eviction or a context decided that.
     """
 
     model: str
@@ -68,15 +83,25 @@ class Report:
     tokens_per_second: float | None
     implementation: str
     comparison: Comparison | None = None
+    kv: tuple[LayerCacheReport, ...] | None = None
 
     def totals(self) -> LayerReport:
         """The sums over layers."""
         fields = [field.name for field in dataclasses.fields(LayerReport)]
         return LayerReport(*(sum(getattr(y, name) for y in self.layers) for name in fields))
 
+    def kv_totals(self) -> LayerCacheReport | None:
+        """The sums over layers of `kv`."""
+        if self.kv is None:
+            return None
+        fields = [field.name for field in dataclasses.fields(LayerCacheReport)]
+        return LayerCacheReport(*(sum(getattr(y, name) for y in self.kv) for name in fields))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, totals included."""
-        return {**dataclasses.asdict(self), "totals": dataclasses.asdict(self.totals())}
+        values = {**dataclasses.asdict(self), "totals": dataclasses.asdict(self.totals())}
+        kv = self.kv_totals()
+        return values if kv is None else {**values, "kv_totals": dataclasses.asdict(kv)}
 
 
 def layer_reports(
@@ -96,6 +121,22 @@ def layer_reports(
         read = (2 * part.evaluated + down) * row
         counts = (part.num_retained, part.num_candidate, part.active)
         reports.append(LayerReport(layer.mlp_dim, *counts, dense, read))
+    return tuple(reports)
+
+
+def cache_reports(
+    kept: Kept | None, config: ModelConfig, prompt_tokens: int
+) -> tuple[LayerCacheReport, ...] | None:
+    """One LayerCacheReport a layer; rows that name the same entries count once."""
+    if kept is None:
+        return None
+    entry = kept.entries.shape[1] * kept.entries.dtype.itemsize + kept.positions.dtype.itemsize
+    starts, lengths = np.asarray(kept.starts), np.asarray(kept.lengths)
+    reports = []
+    for i, layer in enumerate(config.layers):
+        ranges = np.unique(np.stack([starts[i].ravel(), lengths[i].ravel()]), axis=1)
+        entries, dense = int(ranges[1].sum()), prompt_tokens * layer.num_kv_heads
+        reports.append(LayerCacheReport(dense, entries, dense * entry, entries * entry))
     return tuple(reports)
 
 
@@ -160,4 +201,5 @@ def make_report(
         new_tokens=int(np.sum(result.counts)),
         decode_steps=decode_steps,
         tokens_per_second=decoded / seconds["decode"] if decoded else None,
+        kv=cache_reports(result.kept, config, result.pooled_tokens),
     )

@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from popjax.config import ModelConfig
+from popjax.context import Context
+from popjax.eviction import KvMethod
+from popjax.eviction.evict import check_model
 from popjax.generate import Masks, Options
-from popjax.methods import Method
+from popjax.methods import Method, check_evaluated
 from popjax.sampling import SamplingConfig
 from popjax.sparsity import Partitions, checked_partitions
 
@@ -23,7 +27,12 @@ OnChunk = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What one run is asked to do, tokens in. `chunk`: steps between calls of `on_chunk`."""
+    """What one run is asked to do, tokens in.
+
+    eviction: what of the prompts stays in the cache; context: one prefilled before, which every
+    prompt continues; prefill_chunk: prompt tokens run at a time. chunk: steps between calls of
+    `on_chunk`.
+    """
 
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
@@ -36,6 +45,19 @@ class Request:
     options: Options = Options()
     chunk: int = 8
     on_chunk: OnChunk | None = None
+    eviction: KvMethod | None = None
+    context: Context | None = None
+    prefill_chunk: int | None = None
+    evict_every: int | None = None
+
+    def eviction_for(self, config: ModelConfig, mesh: Mesh | None) -> KvMethod | None:
+        """The eviction method settled for a model. Raises ValueError on several devices."""
+        if mesh is not None and (self.eviction is not None or self.context is not None):
+            raise ValueError(
+                f"cache eviction runs on one device, and these weights lie on {mesh.size}: leave "
+                "out kv= and context="
+            )
+        return None if self.eviction is None else self.eviction.for_model(config)
 
 
 def settled(request: Request, config: ModelConfig, method: Method) -> Request:
@@ -66,6 +88,7 @@ def check_request(request: Request, config: ModelConfig, method: Method) -> None
             f"{request.max_new_tokens}: lower it"
         )
     longest = max((len(prompt) for prompt in request.prompts), default=0)
+    longest += 0 if request.context is None else len(request.context.tokens)
     if longest + request.max_new_tokens > config.max_positions:
         raise ValueError(
             f"the prompt has {longest} tokens and {request.max_new_tokens} new ones were asked "
@@ -78,7 +101,63 @@ def check_request(request: Request, config: ModelConfig, method: Method) -> None
                 f"prompt {i} has a token id outside 0..{config.vocab_size - 1}: "
                 "encode it with this model's tokenizer"
             )
+    if not isinstance(request.options.pack, bool):
+        raise ValueError(f"pack {request.options.pack!r} is not a bool: give True or False")
+    if request.partition is None:
+        check_evaluated(method, config)
+    _check_cache(request, config, method)
     _check_replay(request, config, method)
+
+
+def _check_cache(request: Request, config: ModelConfig, method: Method) -> None:
+    """Raise ValueError for a prefill or an eviction that cannot be done."""
+    chunk = request.prefill_chunk
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"prefill_chunk {chunk!r} is not a whole number above 0: give tokens")
+    if chunk is not None and method.whole_prompt:
+        raise ValueError(
+            f"{method} prunes while the prompt runs, which needs it in one piece: leave out "
+            "prefill_chunk, or let the prompt run dense (online-pruning with prefill='dense')"
+        )
+    _check_again(request)
+    if request.eviction is not None:
+        if not isinstance(request.eviction, KvMethod):
+            raise ValueError(f"eviction {request.eviction!r} is not a KvMethod: give one")
+        if request.context is not None:
+            raise ValueError(
+                "a context has been evicted when it was prefilled: give kv= there, not here"
+            )
+        check_model(config)
+        if chunk is not None and chunk < request.eviction.window:
+            raise ValueError(
+                f"prefill_chunk {chunk} is below the window of {request.eviction.window} tokens "
+                "whose queries score the cache: make the chunk longer"
+            )
+
+
+def _check_again(request: Request) -> None:
+    """Raise ValueError for an eviction that cannot be repeated while decoding."""
+    every, method = request.evict_every, request.eviction
+    if every is None:
+        return
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"evict_every {every!r} is not a whole number above 0: give tokens")
+    if method is None or method.tokens is None:
+        raise ValueError(
+            "evict_every needs a method with a budget in tokens, since a share of a text that "
+            "grows is no limit: give one, such as LaProx(tokens=256)"
+        )
+    if not method.repeats:
+        raise ValueError(
+            f"{type(method).__name__} scores entries by more than the last tokens' queries and "
+            "cannot evict while decoding: use laprox, snapkv, adakv, criticalkv, tova or "
+            "streaming-llm"
+        )
+    if every < method.window:
+        raise ValueError(
+            f"evict_every {every} is below the window of {method.window} tokens whose queries "
+            "score the cache: evict less often, or make the window smaller"
+        )
 
 
 def _check_replay(request: Request, config: ModelConfig, method: Method) -> None:

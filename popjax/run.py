@@ -19,13 +19,17 @@ from jax.sharding import Mesh
 
 from kernels_pallas.choice import implementation_for
 from kernels_pallas.masked_mlp import PALLAS
+from kernels_pallas.row_products.tpu import LANES, tile_rows
 from popjax import cache as kv
 from popjax import renumbering, sharding
+from popjax.buckets import bucket
 from popjax.config import ModelConfig
-from popjax.generate import PROGRAMS, DecodeState, Masks, bucket, left_padded
-from popjax.methods import Method
-from popjax.nn.transformer import Inputs
+from popjax.eviction.pool import alignment
+from popjax.generate import PROGRAMS, DecodeState, Masks
+from popjax.methods import Method, check_evaluated
 from popjax.packing import pack
+from popjax.prefilling import Prefill, after_eviction, prefilled
+from popjax.refreshing import Refresher
 from popjax.request import Request, settled
 from popjax.sampling import SamplingValues, row_keys
 from popjax.sparsity import Params, Partitions
@@ -37,8 +41,11 @@ class RunResult:
 
     tokens [B, n]; counts [B] tokens of each row up to its end token; stopped [B] whether a row met
     one. partition indexes the full F channels; masks [steps, B, R+C] a layer, entry i being the
-    step that produced token i+1; logits [B, n, V]. seconds: compile, prefill, plan, pack, decode.
-    implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS.
+    step that produced token i+1; logits [B, n, V]. seconds: compile, prefill, evict, plan, pack,
+    decode.
+    implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kept: what
+    an eviction left of the prompt, or of the context; None where nothing went; pooled_tokens: how
+    many tokens these had.
     """
 
     tokens: np.ndarray
@@ -55,6 +62,8 @@ class RunResult:
     cache_bytes: int
     packed_bytes: int
     implementation: str
+    kept: kv.Kept | None = None
+    pooled_tokens: int = 0
 
 
 class _Clock:
@@ -86,15 +95,17 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     options = dataclasses.replace(request.options, implementation=implementation)
     request = dataclasses.replace(request, options=options)
     clock, compiled = _Clock(), PROGRAMS.compilations
-    inputs, keys, values = _arguments(request, config, mesh)
+    asked = _prefill(request, config, method, mesh)
+    inputs, keys, values = asked.inputs(), *_arguments(request, config, mesh)
     partition = renumbering.to_shards(request.partition, config, mesh)
     replay = renumbering.masks_to_shards(request.masks, request.partition, config, mesh)
-    rows, T = inputs.tokens.shape
-    room = bucket(request.max_new_tokens)
+    rows, room = len(request.prompts), asked.room
     with clock.phase("prefill"):
-        static = {"config": config, "method": method, "mesh": mesh}
-        outputs = PROGRAMS.prefill(params, inputs, partition, **static, capacity=T + room)
+        outputs = prefilled(params, asked, inputs, partition)
         jax.block_until_ready(outputs)
+    with clock.phase("evict"):
+        outputs, kept = after_eviction(params, asked, outputs)
+        jax.block_until_ready(kept)
     with clock.phase("plan"):
         partition = partition or plan_channels(outputs.statistics, config, method, mesh)
     packed_params, packed_config, packed = params, config, None
@@ -112,14 +123,16 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         )
         del outputs
         static |= {"config": packed_config, "method": method}
-        state = _decode(state, (packed_params, packed, replay, values), static, request)
+        refresh = _refresher(request, packed_params, packed, packed_config, method, asked)
+        arguments = (packed_params, packed, replay, values)
+        state, kept = _decode(state, arguments, kept, static, request, refresh)
     _check_finite(state)
     compilations = PROGRAMS.compilations - compiled
     extra = _extra_bytes(params, packed_params)
     partition = renumbering.from_shards(partition, config, mesh)
     masks = renumbering.masks_from_shards(state.masks, partition, config, mesh)
     state = dataclasses.replace(state, masks=masks)
-    return _result(request, state, partition, clock, compilations, extra)
+    return _result(request, state, partition, kept, clock, compilations, extra)
 
 
 def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
@@ -129,23 +142,59 @@ def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
     found = implementation_for(asked, params, matrix, vectors)
     if request.options.pack:
         return found
-    if mesh is not None or found not in PALLAS or (found != "pallas_gpu" and matrix.ndim == 2):
-        raise ValueError(
-            f"pack=False fetches rows by index, which {found!r} cannot from weights of shape "
-            f"{matrix.shape} on {1 if mesh is None else mesh.size} device(s): load the model with "
-            "tiles=True for 'pallas_tpu', or leave pack=True"
-        )
+    obstacle = _index_obstacle(found, matrix, mesh)
+    if obstacle is not None:
+        raise ValueError(f"pack=False fetches rows by index, {obstacle}")
     return found
+
+
+def _index_obstacle(implementation: str, matrix: jax.Array, mesh: Mesh | None) -> str | None:
+    """Why decode steps cannot fetch rows of w [F, D] or tiles by index, and what to do instead."""
+    if mesh is not None:
+        return f"which needs one device, and the weights lie on {mesh.size}: leave pack=True"
+    if implementation not in PALLAS:
+        return (
+            f"which only the kernels of an accelerator do, and decode steps run on "
+            f"{implementation!r} here: leave pack=True"
+        )
+    if implementation == "pallas_gpu" or matrix.ndim == 3:
+        return None
+    whole = LANES * tile_rows(matrix.dtype)
+    if matrix.shape[1] % whole:
+        return (
+            f"which {implementation!r} does of rows of a multiple of {whole} weights in "
+            f"{matrix.dtype}, and these have {matrix.shape[1]}: leave pack=True"
+        )
+    return (
+        f"which {implementation!r} does of matrices kept as tiles, and these are {matrix.shape}: "
+        "load the model with tiles=True, or leave pack=True"
+    )
+
+
+def _prefill(request: Request, config: ModelConfig, method: Method, mesh: Mesh | None) -> Prefill:
+    """How the prompts of a request are prefilled."""
+    context = request.context
+    return Prefill(
+        prompts=request.prompts,
+        config=config,
+        method=method,
+        eviction=request.eviction_for(config, mesh),
+        room=bucket(request.max_new_tokens),
+        chunk=request.prefill_chunk,
+        kept=None if context is None else context.of_rows(len(request.prompts)),
+        offset=0 if context is None else len(context.tokens),
+        mesh=mesh,
+        align=alignment(request.options.implementation),
+    )
 
 
 def _arguments(
     request: Request, config: ModelConfig, mesh: Mesh | None
-) -> tuple[Inputs, jax.Array, SamplingValues]:
-    """Prompts, random keys and sampling values where the programs want them."""
-    inputs = left_padded(request.prompts)
+) -> tuple[jax.Array, SamplingValues]:
+    """Random keys and sampling values where the programs want them."""
     keys = row_keys(request.seed, len(request.prompts))
     values = request.sampling.values(request.eos_ids, config.vocab_size)
-    return sharding.placed((inputs, keys, values), ("B", "B", ""), mesh)
+    return sharding.placed((keys, values), ("B", ""), mesh)
 
 
 def plan_channels(
@@ -159,12 +208,7 @@ def plan_channels(
             f"channel scores of layers {bad[:8]} are not finite for this prompt: the weights or "
             "the dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
         )
-    empty = [i for i, part in enumerate(plan.channels or ()) if part.evaluated == 0]
-    if empty:
-        raise ValueError(
-            f"{method} leaves no FFN channel of layer {empty[0]}, which has "
-            f"{config.layers[empty[0]].mlp_dim}: lower the ratio"
-        )
+    check_evaluated(method, config, [part.evaluated for part in plan.channels or ()])
     return plan.channels
 
 
@@ -187,24 +231,51 @@ def _mask_buffers(
     return tuple(jnp.zeros(shape, bool, device=device) for shape in shapes)
 
 
+def _refresher(
+    request: Request,
+    params: Params,
+    partition: Partitions | None,
+    config: ModelConfig,
+    method: Method,
+    asked: Prefill,
+) -> Refresher | None:
+    """What cuts the cache to its budget again while decoding, where that is asked for."""
+    if request.evict_every is None or asked.eviction is None:
+        return None
+    every = request.evict_every
+    return Refresher(params, partition, config, method, asked.eviction, every, asked.align)
+
+
 def _decode(
-    state: DecodeState, arguments: tuple[Any, ...], static: dict[str, Any], request: Request
-) -> DecodeState:
-    """Decode in one go, or in chunks where somebody listens; tokens are the same either way."""
+    state: DecodeState,
+    arguments: tuple[Any, ...],
+    kept: kv.Kept | None,
+    static: dict[str, Any],
+    request: Request,
+    refresh: Refresher | None,
+) -> tuple[DecodeState, kv.Kept | None]:
+    """Decode in one go, or in pieces where somebody listens or the cache is evicted again.
+
+    Tokens do not depend on who listens.
+    """
     total, mesh = request.max_new_tokens, static["mesh"]
+    due = total if refresh is None else refresh.every + 1
     while True:
-        until = total
+        until = min(due, total)
         if request.on_chunk is not None:
             done = np.asarray(state.done)
             stop = request.on_chunk(np.asarray(state.tokens)[:, : int(state.step)], done)
             stopped = sharding.placed(jnp.asarray(done | stop), "B", mesh)
             state = dataclasses.replace(state, done=stopped)
-            until = min(int(state.step) + request.chunk, total)
+            until = min(int(state.step) + request.chunk, until)
         if int(state.step) >= total or bool(np.all(np.asarray(state.done))):
-            return state
+            return state, kept
         limit = sharding.placed(jnp.int32(until), "", mesh)
-        state = PROGRAMS.decode(state, *arguments, limit, **static)
+        state = PROGRAMS.decode(state, *arguments, kept, limit, **static)
         jax.block_until_ready(state)
+        if refresh is not None and due <= int(state.step) < total:
+            state, kept = refresh(state, kept)
+            due += refresh.every
 
 
 def _extra_bytes(params: Params, packed: Params) -> int:
@@ -217,6 +288,7 @@ def _result(
     request: Request,
     state: DecodeState,
     partition: Partitions | None,
+    kept: kv.Kept | None,
     clock: _Clock,
     compilations: int,
     packed_bytes: int,
@@ -238,8 +310,14 @@ def _result(
         seconds=clock.seconds,
         steps=steps,
         compilations=compilations,
-        prompt_tokens=sum(len(prompt) for prompt in request.prompts),
-        cache_bytes=kv.bytes_held(state.cache),
+        prompt_tokens=_prompt_tokens(request),
+        cache_bytes=kv.bytes_held(dataclasses.replace(state.cache, kept=kept)),
         packed_bytes=packed_bytes,
         implementation=request.options.implementation or "",
+        kept=kept,
+        pooled_tokens=len(request.context.tokens) if request.context else _prompt_tokens(request),
     )
+
+
+def _prompt_tokens(request: Request) -> int:
+    return sum(len(prompt) for prompt in request.prompts)

@@ -41,13 +41,24 @@ def shard_count(mesh: Mesh, letter: str = "F") -> int:
     return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
-def validate(config: ModelConfig, mesh: Mesh) -> None:
-    """Raise ValueError unless this mesh can run this model."""
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices under axes of type Auto, whatever types they came with.
+
+    Programs here say where arrays lie at their borders and leave the inside to XLA, which axes of
+    other types forbid. Raises ValueError for anything but a mesh.
+    """
     if not isinstance(mesh, Mesh):
         raise ValueError(
             f"mesh {mesh!r} is a {type(mesh).__name__}: give a jax.sharding.Mesh, such as "
             "jax.make_mesh((8,), ('model',))"
         )
+    kinds = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
+def validate(config: ModelConfig, mesh: Mesh) -> None:
+    """Raise ValueError unless this mesh can run this model."""
+    mesh = automatic(mesh)
     unknown = [str(name) for name in mesh.axis_names if name not in AXES]
     if unknown or MODEL not in mesh.shape:
         wrong = f"has an axis {unknown[0]!r}" if unknown else f"has no axis {MODEL!r}"
@@ -216,13 +227,14 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
     """Puts the parameter at a path on the mesh, for `checkpoints.convert`; raises as `validate`."""
     validate(config, mesh)
-    return lambda path, array: placed(array, axes.letters(path), mesh)
+    auto = automatic(mesh)
+    return lambda path, array: placed(array, axes.letters(path), auto)
 
 
 def placed_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     """Parameters put on a mesh as a mesh run wants them. Raises ValueError as `validate`."""
     validate(config, mesh)
-    return placed(params, param_letters(params), mesh)
+    return placed(params, param_letters(params), automatic(mesh))
 
 
 def mesh_of(params: Params, config: ModelConfig) -> Mesh | None:
@@ -232,6 +244,7 @@ def mesh_of(params: Params, config: ModelConfig) -> Mesh | None:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if all(len(leaf.sharding.device_set) == 1 for _, leaf in leaves):
+        _check_automatic(leaves)
         return None
     found = (getattr(leaf.sharding, "mesh", None) for _, leaf in leaves)
     mesh = next((held for held in found if isinstance(held, Mesh)), None)
@@ -246,6 +259,18 @@ def mesh_of(params: Params, config: ModelConfig) -> Mesh | None:
                 "popjax.sharding.placed_params"
             )
     return mesh
+
+
+def _check_automatic(leaves: Sequence[tuple[tuple[Any, ...], jax.Array]]) -> None:
+    """Raise ValueError for arrays of one device under axes whose type forbids what programs do."""
+    for path, leaf in leaves:
+        mesh = getattr(leaf.sharding, "mesh", None)
+        if isinstance(mesh, Mesh) and mesh != automatic(mesh):
+            raise ValueError(
+                f"parameter {_joined(path)!r} lies on a mesh with axes of types "
+                f"{', '.join(kind.name for kind in mesh.axis_types)}, not Auto: place the "
+                "parameters with popjax.sharding.placed_params"
+            )
 
 
 def fetched(tree: Any) -> Any:

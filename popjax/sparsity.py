@@ -8,6 +8,7 @@ Leaves out where scores come from: that is a method's business.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
 
 Params = dict[str, Any]
+_LOG = logging.getLogger(__name__)
+_NOTICED = 0.05  # the share of a layer's channels by which a rounded budget may differ in silence
 
 
 def rounded(value: float) -> int:
@@ -40,6 +43,10 @@ class ChannelBudget:
     def active(self) -> int:
         return self.retained + self.k_selected
 
+    @property
+    def evaluated(self) -> int:
+        return self.retained + self.candidate
+
 
 def channel_budget(
     mlp_dim: int, ratio: float, delta: float = 0.0, granularity: int = 1
@@ -58,6 +65,27 @@ def channel_budget(
     evaluated = up(mlp_dim - rounded(max(ratio - delta, 0.0) * mlp_dim))
     active = min(max(up(mlp_dim - rounded(ratio * mlp_dim)), retained), evaluated)
     return ChannelBudget(retained, evaluated - retained, active - retained)
+
+
+def warn_of_rounding(config: ModelConfig, ratio: float, delta: float, granularity: int) -> None:
+    """Log a warning where a granularity makes another budget than was asked for.
+
+    That is a layer whose pruned share it moves by more than a twentieth, or whose candidates it
+    rounds away; the first such layer speaks for all.
+    """
+    for i, layer in enumerate(config.layers):
+        F = layer.mlp_dim
+        asked = channel_budget(F, ratio, delta)
+        found = channel_budget(F, ratio, delta, granularity)
+        lost = bool(asked.candidate) and not found.candidate
+        if lost or abs(found.active - asked.active) > _NOTICED * F:
+            _LOG.warning(
+                "granularity %d is coarse for the %d FFN channels of layer %d: asked for ratio "
+                "%.3g with %d candidates, got %.3g with %d; lower the granularity",
+                *(granularity, F, i, ratio, asked.candidate),
+                *(1 - found.active / F, found.candidate),
+            )
+            return
 
 
 def ffn_ratio(config: ModelConfig, model_ratio: float) -> float:

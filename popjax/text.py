@@ -89,8 +89,11 @@ def encode_prompts(
     prompts: Sequence[str] | Sequence[Sequence[Message]],
     *,
     chat: bool,
+    begin: bool = True,
 ) -> list[list[int]]:
     """Token ids of each prompt, with the special tokens the model expects, not padded.
+
+    Without `begin` a str is the middle of a text: no token that starts one is put before it.
 
     With `chat`, a prompt is a list of {"role", "content"} messages (or a str, one user turn) and
     goes through the chat template, ready for the assistant's turn; otherwise it is a str, and an
@@ -104,17 +107,22 @@ def encode_prompts(
         raise TokenizerError(
             "this model's tokenizer has no chat template: pass plain text prompts instead of a chat"
         )
-    encode = _encode_chat if chat else _encode_text
-    return [encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    if chat:
+        return [_encode_chat(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+    return [_encode_text(tokenizer, prompt, i, begin) for i, prompt in enumerate(prompts)]
 
 
-def _encode_text(tokenizer: "PreTrainedTokenizerFast", prompt: Any, index: int) -> list[int]:
+def _encode_text(
+    tokenizer: "PreTrainedTokenizerFast", prompt: Any, index: int, begin: bool
+) -> list[int]:
     if not isinstance(prompt, str):
         hint = ": pass chat=True for messages" if isinstance(prompt, Sequence) else ""
         raise TokenizerError(f"prompt {index} must be a str, got {type(prompt).__name__}{hint}")
-    ids = _token_ids(tokenizer, prompt, index, add_special_tokens=True)
+    ids = _token_ids(tokenizer, prompt, index, add_special_tokens=begin)
     if ids:
         return ids
+    if not begin:
+        raise TokenizerError(f"prompt {index} is empty: write at least one character")
     start = cast("int | None", tokenizer.bos_token_id)
     if start is None:
         raise TokenizerError(

@@ -7,13 +7,16 @@ is instant. Leaves out everything a library caller could want: that is in `popja
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import os
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from popjax.cli import bench, chat, doctor, generate, inspect, plan, show
-from popjax.cli.terminal import SETTINGS, forgiving_streams
+from popjax.cli.terminal import SETTINGS, forgiving_streams, log_to_stderr
 
 EPILOG = (
     "Results go to stdout, progress and reports to stderr. Exit codes: 0 done, 1 failed, 2 wrong "
@@ -55,6 +58,9 @@ def _popjax(
     debug: Annotated[
         bool, typer.Option("--debug", envvar="POPJAX_DEBUG", help="Show tracebacks of errors.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say on stderr what runs, and why not otherwise.")
+    ] = False,
     version: Annotated[
         bool,
         typer.Option(
@@ -65,6 +71,21 @@ def _popjax(
     """Run Hugging Face language models that decode only what their prompt needs."""
     SETTINGS.debug = debug
     forgiving_streams()
+    log_to_stderr(verbose)
+    leave_out_tpu()
+
+
+def leave_out_tpu(devices: Path = Path("/dev")) -> None:
+    """Have jax start on the CPU where the TPU compiler is installed and there is no TPU.
+
+    It would look for one for seconds, and print that there is none. Nothing is set where somebody
+    chose a platform, or where jax has plugins for other chips.
+    """
+    if "JAX_PLATFORMS" in os.environ or find_spec("libtpu") is None:
+        return
+    chips = any(any(devices.glob(pattern)) for pattern in ("accel*", "vfio/*"))
+    if not chips and find_spec("jax_plugins") is None and not entry_points(group="jax_plugins"):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is imported, which a command does
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import options
+from popjax.cli import cache_options, options
 from popjax.cli.terminal import Status, command, stderr_console, write
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ def generate(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    kv: cache_options.Kv = None,
+    kv_keep: cache_options.KvKeep = None,
+    kv_tokens: cache_options.KvTokens = None,
+    kv_window: cache_options.KvWindow = None,
+    kv_every: cache_options.KvEvery = None,
+    prefill_chunk: cache_options.PrefillChunk = None,
     max_new_tokens: options.MaxNewTokens = None,
     seed: options.Seed = 0,
     do_sample: options.DoSample = None,
@@ -55,16 +61,19 @@ def generate(
 ) -> None:
     """Continue a prompt, and report what was kept, read and spent.
 
-    Dense unless --ratio or --model-ratio asks for online pruning, or --method for something else.
+    Dense unless --ratio or --model-ratio asks for online pruning, or --method for something else;
+    the whole prompt stays in the cache unless --kv, --kv-keep or --kv-tokens says otherwise.
     """
     from popjax.methods import method_name
 
     chosen = options.chosen_method(
         method, ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
     )
-    if compare_dense and method_name(chosen) == "dense":
+    eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    if compare_dense and (method_name(chosen) == "dense" or eviction is not None):
         raise typer.BadParameter(
-            "there is nothing to compare: give --ratio or --method", param_hint="--compare-dense"
+            "it compares FFN pruning alone: give --ratio or --method, and no --kv",
+            param_hint="--compare-dense",
         )
     sampling = options.chosen_sampling(
         do_sample=do_sample,
@@ -81,6 +90,9 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "stop_strings": stop or None,
+        "kv": eviction,
+        "kv_every": kv_every,
+        "prefill_chunk": prefill_chunk,
     }
     prompt_ids = loaded.encode(text, chat=chat)
     found = streamed(loaded, prompt_ids[0], chosen, wanted, quiet=json)

@@ -27,6 +27,10 @@ ModelArgument = Annotated[
         help='A local folder, a .gguf file, a hub id, or "default"; without it, the families.',
     ),
 ]
+Named = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="MODEL, as the other commands take it."),
+]
 Ratio = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="FFN ratio whose packed rows are counted.")
 ]
@@ -40,7 +44,7 @@ Checksum = Annotated[bool, typer.Option("--checksum", help="Add the SHA-256 of e
 @command
 def inspect(
     model: ModelArgument = None,
-    named: options.Model = None,
+    named: Named = None,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
     offline: options.Offline = False,

@@ -216,7 +216,15 @@ def chosen_method(
         message = str(error)
         if "needs a ratio" in message:
             message += f", such as --ratio {DEFAULT_RATIO}"
-        raise typer.BadParameter(message, param_hint="--method") from error
+        raise typer.BadParameter(message, param_hint=_blamed(message, given)) from error
+
+
+def _blamed(message: str, given: dict[str, Any]) -> str:
+    """The option that a method's complaint is about: the one it begins with, else the method."""
+    if "exactly one of ratio" in message:
+        return "--ratio / --model-ratio"
+    name = message.partition(" ")[0]
+    return f"--{name.replace('_', '-')}" if given.get(name) is not None else "--method"
 
 
 def pruning_method(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli import options
+from popjax.cli import cache_options, options
 from popjax.cli.terminal import Status, command, say, write
 
 if TYPE_CHECKING:
+    from popjax.eviction import KvMethod
     from popjax.methods import Method
     from popjax.model import Generation, LanguageModel
 
@@ -45,15 +46,27 @@ def show(
     max_new_tokens: options.MaxNewTokens = DEFAULT_STEPS,
     chat: options.Chat = False,
     layer: Layers = None,
+    kv: cache_options.Kv = None,
+    kv_keep: cache_options.KvKeep = None,
+    kv_tokens: cache_options.KvTokens = None,
+    kv_window: cache_options.KvWindow = None,
     output: Output = Path("popjax-partition.png"),
 ) -> None:
-    """Draw which FFN channels a prompt keeps, and which candidates each step chose, as a PNG.
+    """Draw what a prompt keeps as a PNG: FFN channels and each step's choice, or cache entries.
 
-    Online pruning of half of the channels, where nothing else is asked for. Prints the file's name.
+    Online pruning of half of the channels, where nothing else is asked for; with --kv or its budget
+    the cache entries that stay, by layer and head. Prints the file's name.
     """
     from popjax import picture
 
-    chosen = options.pruning_method(method, ratio, model_ratio, gamma, prefill)
+    eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    chosen = None
+    if eviction is None:
+        chosen = options.pruning_method(method, ratio, model_ratio, gamma, prefill)
+    elif any(value is not None for value in (method, ratio, model_ratio, gamma, prefill, layer)):
+        raise typer.BadParameter(
+            "a picture shows channels or cache entries: drop the options of one", param_hint="--kv"
+        )
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise typer.BadParameter(
             f"{output} must be a .png file in a folder that exists", param_hint="--output"
@@ -63,6 +76,10 @@ def show(
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     with Status() as status:
         status.say("Compiling, reading the prompt, decoding")
+        if chosen is None:
+            _draw_cache(output, loaded, text, chat, eviction)
+            write(f"{output}\n")
+            return
         found = loaded.generate(
             text,
             chat=chat,
@@ -75,6 +92,25 @@ def show(
         _draw(output, loaded, found, chosen, text, layer)
     say(f"{len(found.tokens[0])} tokens written by {loaded.name} went into the picture")
     write(f"{output}\n")
+
+
+def _draw_cache(
+    output: Path, model: LanguageModel, text: str, chat: bool, eviction: KvMethod | None
+) -> None:
+    from popjax import cache_picture
+    from popjax.eviction import kv_method_name
+
+    assert eviction is not None
+    ids = model.encode(text, chat=chat)
+    found = model.generate(ids, kv=eviction, max_new_tokens=1, do_sample=False)
+    if found.kept is None:
+        raise ValueError(
+            f"every entry of the {len(ids[0])} prompt tokens stays, there is nothing to draw: give "
+            "a smaller budget or a longer prompt"
+        )
+    budget = eviction.budget(len(ids[0]))
+    title = f"{model.name} ({kv_method_name(eviction)}, {budget} of {len(ids[0])} entries a head)"
+    cache_picture.draw(output, found.kept, len(ids[0]), title=title, prompt=text)
 
 
 def _draw(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from popjax.bench import BenchResult
     from popjax.report import Comparison, LayerReport, Report
 
-PHASES = ("load", "compile", "prefill", "plan", "pack", "decode")
+PHASES = ("load", "compile", "prefill", "evict", "plan", "pack", "decode")
 
 
 def table(
@@ -128,6 +128,15 @@ def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str
     held += [f"packed rows {format_bytes(report.packed_bytes)}"] if report.packed_bytes else []
     held += [f"cache {format_bytes(report.cache_bytes)}"]
     yield "memory", ", ".join(held)
+    kv = report.kv_totals()
+    if kv is not None and report.kv is not None:
+        least, most = min(y.entries for y in report.kv), max(y.entries for y in report.kv)
+        yield (
+            "cache kept",
+            f"{kv.entries} of {kv.dense_entries} entries ({share(kv.entries, kv.dense_entries)}), "
+            f"{least} to {most} a layer, {format_bytes(kv.held_bytes)} of "
+            f"{format_bytes(kv.dense_bytes)}",
+        )
     phases = [
         f"{name} {seconds(report.seconds[name])}" for name in PHASES if name in report.seconds
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import logging
 import re
 import sys
 import traceback
@@ -44,6 +45,25 @@ def forgiving_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class _Said(logging.Handler):
+    """Log records as lines on whatever stderr is then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        say(f"popjax: {level}{record.getMessage()}")
+
+
+_SAID = _Said()
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Send what popjax and its kernels log to stderr: warnings, and all else where asked for."""
+    for name in ("popjax", "kernels_pallas"):
+        logger = logging.getLogger(name)
+        logger.addHandler(_SAID)
+        logger.setLevel(logging.INFO if verbose else logging.NOTSET)
 
 
 def stderr_console() -> Console:
@@ -177,6 +197,7 @@ __all__ = [
     "Status",
     "command",
     "forgiving_streams",
+    "log_to_stderr",
     "say",
     "stderr_console",
     "stdout_console",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 from popjax.methods.frozen import Frozen
 from popjax.methods.griffin import Griffin
-from popjax.methods.method import LayerActs, Method
+from popjax.methods.method import LayerActs, Method, check_evaluated
 from popjax.methods.online_pruning import OnlinePruning
 from popjax.methods.rescore_all import RescoreAll
+from popjax.registry import name_of, options_of, resolved
 
 METHODS: dict[str, type[Method]] = {
     "dense": Method,
@@ -26,18 +25,8 @@ def method_named(name: str, **options: Any) -> Method:
 
     Raises ValueError for an unknown name or an option that the method does not have.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"method {name!r} is unknown: use one of {', '.join(METHODS)}{hint}")
-    kind = METHODS[name]
-    known = {field.name for field in dataclasses.fields(kind)}
-    given = {key: value for key, value in options.items() if value is not None}
-    extra = sorted(set(given) - known)
-    if extra:
-        raise ValueError(
-            f"method {name!r} has no option {extra[0]!r}: it takes {sorted(known) or 'none'}"
-        )
+    kind, given = resolved(METHODS, "method", name, options)
+    known = options_of(kind)
     missing = "ratio" in known and "ratio" not in given and "model_ratio" not in given
     if missing:
         raise ValueError(f"method {name!r} needs a ratio: give the share of FFN channels to prune")
@@ -46,7 +35,7 @@ def method_named(name: str, **options: Any) -> Method:
 
 def method_name(method: Method) -> str:
     """The command-line name of a method."""
-    return next(name for name, kind in METHODS.items() if type(method) is kind)
+    return name_of(METHODS, method)
 
 
 __all__ = [
@@ -57,6 +46,7 @@ __all__ = [
     "Method",
     "OnlinePruning",
     "RescoreAll",
+    "check_evaluated",
     "method_name",
     "method_named",
 ]

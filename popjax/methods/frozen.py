@@ -27,6 +27,13 @@ class Frozen(Method):
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
 
+    @property
+    def whole_prompt(self) -> bool:
+        return True
+
+    def evaluated(self, mlp_dim: int) -> int:
+        return channel_budget(mlp_dim, self.ratio).evaluated
+
     def observe(self, params: Params, acts: LayerActs) -> jax.Array:
         return channel_scores(params, acts, "down")
 

@@ -29,6 +29,9 @@ class Griffin(Method):
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
 
+    def evaluated(self, mlp_dim: int) -> int:
+        return channel_budget(mlp_dim, self.ratio).evaluated
+
     def observe(self, params: Params, acts: LayerActs) -> jax.Array:
         h = acts.counted_channels()
         lengths = jnp.sqrt(acts.over_channels(h * h))

@@ -8,6 +8,7 @@ decoding. Subclasses are final: they override defaults, never each other's code.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -75,9 +76,22 @@ class Method:
         """This method with model-dependent settings resolved; ValueError if it cannot apply."""
         return self
 
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether a prompt must be prefilled in one piece, since layers are pruned as it runs."""
+        return False
+
+    def evaluated(self, mlp_dim: int) -> int:
+        """How many of a layer's `mlp_dim` channels a decode step evaluates."""
+        return mlp_dim
+
     def observe(self, params: Params, acts: LayerActs) -> Any:
         """Statistic of one layer during prefill: a pytree of arrays [F, ...], split by a mesh."""
         return ()
+
+    def combine(self, before: Any, now: Any) -> Any:
+        """The statistic of a prompt so far and its next chunk: norms over tokens, as they are."""
+        return jax.tree.map(lambda a, b: jnp.sqrt(a * a + b * b), before, now)
 
     def prefill_partition(
         self, statistic: Any, layer: LayerConfig, given: ChannelPartition | None
@@ -95,6 +109,23 @@ class Method:
     def selection(self, partition: ChannelPartition) -> Selection | None:
         """How a layer's candidates are chosen at every step; None: all channels are on."""
         return None
+
+
+def check_evaluated(
+    method: Method, config: ModelConfig, counts: Sequence[int] | None = None
+) -> None:
+    """Raise ValueError where the method leaves a layer no channel to evaluate.
+
+    counts: channels evaluated in each layer, where a plan says so; else what the method announces.
+    """
+    if counts is None:
+        counts = [method.evaluated(layer.mlp_dim) for layer in config.layers]
+    for i, count in enumerate(counts):
+        if count == 0:
+            raise ValueError(
+                f"{method} leaves no FFN channel of layer {i}, which has "
+                f"{config.layers[i].mlp_dim}: lower the ratio"
+            )
 
 
 def check_share(name: str, value: float, low: float = 0.0, high: float = 1.0) -> None:

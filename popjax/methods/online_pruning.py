@@ -25,6 +25,7 @@ from popjax.sparsity import (
     channel_budget,
     ffn_ratio,
     partition_by_rank,
+    warn_of_rounding,
 )
 
 PREFILLS = ("partition", "dense", "probe")
@@ -80,14 +81,24 @@ class OnlinePruning(Method):
         return self.gamma / 2 if self.band == "half" else self.gamma
 
     def for_model(self, config: ModelConfig) -> OnlinePruning:
-        if self.model_ratio is None:
-            return self
-        ratio = ffn_ratio(config, self.model_ratio)
-        return dataclasses.replace(self, ratio=ratio, model_ratio=None)
+        if self.model_ratio is not None:
+            ratio = ffn_ratio(config, self.model_ratio)
+            return dataclasses.replace(self, ratio=ratio, model_ratio=None).for_model(config)
+        assert self.ratio is not None, "one of the two is given"
+        if self.granularity > 1:
+            warn_of_rounding(config, self.ratio, self.delta, self.granularity)
+        return self
 
     def budget(self, mlp_dim: int) -> ChannelBudget:
         assert self.ratio is not None, "for_model() resolves model_ratio"
         return channel_budget(mlp_dim, self.ratio, self.delta, self.granularity)
+
+    @property
+    def whole_prompt(self) -> bool:
+        return self.prefill != "dense"
+
+    def evaluated(self, mlp_dim: int) -> int:
+        return self.budget(mlp_dim).evaluated
 
     def observe(self, params: Params, acts: LayerActs) -> jax.Array:
         if self.prefill == "probe":

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import gated_channels, masked_mlp, project
 from popjax import axes
-from popjax.cache import LayerCache, write_layer
+from popjax.cache import Kept, LayerCache, write_layer
 from popjax.config import LayerConfig, ModelConfig
+from popjax.eviction.method import AttentionActs
 from popjax.methods.method import LayerActs, Method
 from popjax.nn import ops
 from popjax.packing import pack_layer
@@ -68,8 +69,12 @@ class Attention(nn.Module):
         slot: jax.Array,
         table: RopeTable,
         positions: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, LayerCache]:
-        """x [B, T, D] at query positions [B, T] attends to key positions [B, S] -> [B, T, D]."""
+        kept: Kept | None = None,
+    ) -> tuple[jax.Array, LayerCache, AttentionActs]:
+        """x [B, T, D] at query positions [B, T] attends to key positions [B, S] -> [B, T, D].
+
+        `kept` adds what an eviction left of the layer. The third result is what it saw.
+        """
         q, k, v = self._heads(x)
         if self.config.qk_norm:
             q = ops.rms_norm(q, declare(self, "q_norm", self.config), self.config.norm_eps)
@@ -77,13 +82,13 @@ class Attention(nn.Module):
         q, k = ops.rotate(q, table), ops.rotate(k, table)
         cache = write_layer(cache, k, v, slot)
         out = ops.cached_attention(
-            q, cache.k, cache.v, *positions, self.layer.window, self.implementation
+            q, cache.k, cache.v, *positions, self.layer.window, self.implementation, kept
         )
         y = ops.heads_out(out, declare(self, "o", self.config), self.implementation)
         y = summed(y, self.shards)
         if self.config.o_bias:
             y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
-        return y, cache
+        return y, cache, AttentionActs(x, q, cache.k, cache.v, *positions, slot)
 
     def _heads(self, x: jax.Array) -> list[jax.Array]:
         weights = [declare(self, name, self.config) for name in "qkv"]

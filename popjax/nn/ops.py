@@ -16,8 +16,9 @@ import numpy as np
 
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.masked_mlp import NATIVE
+from kernels_pallas.ragged_decode import ragged_decode
 from kernels_pallas.row_products import contract, expand, expand_many
-from popjax.cache import floats
+from popjax.cache import Kept, floats
 from popjax.config import RopeConfig
 
 # Above this many queries, attention runs block by block: an 8k prompt's scores would otherwise take
@@ -154,8 +155,16 @@ def cached_attention(
     key_positions: jax.Array,
     window: int | None,
     implementation: str = "xla",
+    kept: Kept | None = None,
 ) -> jax.Array:
-    """Attention [B, T, N, H] over the cache k, v; one token a row may run on the CPU kernels."""
+    """Attention [B, T, N, H] over the cache k, v, and over what an eviction `kept` of the layer.
+
+    One token a row may run on the CPU kernels.
+    """
+    if kept is not None:
+        pool = (kept.entries, kept.positions, kept.starts, kept.lengths)
+        options = {"window": window, "implementation": implementation}
+        return ragged_decode(q, *pool, k, v, query_positions, key_positions, **options)
     if q.shape[1] > 1 or implementation not in NATIVE:
         keys, values = floats(k), floats(v)
         return blocked_attention(q, keys, values, query_positions, key_positions, window)

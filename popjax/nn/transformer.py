@@ -8,7 +8,7 @@ config is that of one shard, and `shards` names the mesh axes that split heads, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from kernels_pallas.masked_mlp import NATIVE
-from popjax.cache import Cache, bits, floats, write_positions
+from kernels_pallas.row_products import contract_rows
+from popjax.cache import Cache, write_positions
 from popjax.config import LayerConfig, ModelConfig
+from popjax.eviction.method import KvMethod
 from popjax.methods.method import Method
 from popjax.nn import ops
 from popjax.nn.layers import Attention, Mlp, Norm, declare, summed
-from popjax.sparsity import Partitions
+from popjax.sparsity import Params, Partitions
 
 
 @struct.dataclass
@@ -36,7 +38,8 @@ class Inputs:
 class Outputs:
     """Logits [B, V] of the last token or [B, T, V] of all, the cache, and by-products.
 
-    `statistics`: what the method observed, one entry a layer (prefill).
+    `statistics`: what the method observed, one entry a layer, and `seen` what the eviction method
+    did (prefill).
     `masks`: each layer's step masks [B or 1, T, R+C], None where everything was on (decode).
     """
 
@@ -44,6 +47,7 @@ class Outputs:
     cache: Cache
     statistics: tuple[Any, ...] = ()
     masks: tuple[jax.Array | None, ...] = ()
+    seen: tuple[Any, ...] = ()
 
 
 class Embedding(nn.Module):
@@ -67,9 +71,13 @@ class Embedding(nn.Module):
         return summed(found, self.shards)
 
     def _rows(self, rows: jax.Array) -> jax.Array:
-        # As bits on the CPU: XLA there would convert a whole bfloat16 table to float32 first.
-        table = bits(self.table) if self.implementation in NATIVE else self.table
-        return floats(jnp.take(table, rows, axis=0, mode="clip"))
+        if self.implementation not in NATIVE:
+            return jnp.take(self.table, rows, axis=0, mode="clip")
+        # By the kernel, in float32: of a bfloat16 table XLA's CPU backend makes a copy a call.
+        one = jnp.ones((rows.size, 1), jnp.float32)
+        clipped = jnp.clip(rows, 0, self.table.shape[0] - 1).reshape(-1, 1)
+        found = contract_rows(one, self.table, clipped, implementation="native")
+        return found.reshape(*rows.shape, -1)
 
     def logits(self, x: jax.Array) -> jax.Array:
         logits = ops.logits(x, self.table, self.implementation)
@@ -86,6 +94,7 @@ class Block(nn.Module):
     method: Method
     implementation: str = "xla"
     shards: tuple[str, ...] | None = None
+    eviction: KvMethod = KvMethod()
 
     def setup(self) -> None:
         self.attn_norm = Norm(self.config)
@@ -94,34 +103,39 @@ class Block(nn.Module):
         self.mlp_norm = Norm(self.config)
         self.mlp = Mlp(self.config, self.layer, self.method, *place)
 
-    def attend(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Any]:
-        y, cache = self.attn(self.attn_norm(x), *context)
-        return x + y, cache
+    def attend(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Any, Any]:
+        y, cache, acts = self.attn(self.attn_norm(x), *context)
+        weights = cast(Params, self.attn.variables["params"])
+        return x + y, cache, self.eviction.observe(weights, self.layer, acts)
 
     def prefill(self, x: jax.Array, valid: jax.Array, given: Any, *context: Any) -> Any:
-        x, cache = self.attend(x, *context)
+        x, cache, seen = self.attend(x, *context)
         y, statistic = self.mlp.prefill(self.mlp_norm(x), x, valid, given)
-        return x + summed(y, self.shards), cache, statistic
+        return x + summed(y, self.shards), cache, (statistic, seen)
 
     def decode(self, x: jax.Array, valid: jax.Array, part: Any, mask: Any, *context: Any) -> Any:
-        x, cache = self.attend(x, *context)
+        x, cache, seen = self.attend(x, *context)
         y, mask = self.mlp.decode(self.mlp_norm(x), valid, part, mask)
-        return x + summed(y, self.shards), cache, mask
+        return x + summed(y, self.shards), cache, (mask, seen)
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model; `method` decides what is observed, partitioned and masked."""
+    """Decoder-only language model; `method` decides what is observed, partitioned and masked.
+
+    `eviction` may observe attention in prefill.
+    """
 
     config: ModelConfig
     method: Method
     implementation: str = "xla"
     shards: tuple[str, ...] | None = None
+    eviction: KvMethod = KvMethod()
 
     def setup(self) -> None:
         place = (self.implementation, self.shards)
         self.embed = Embedding(self.config, *place)
         for i, layer in enumerate(self.config.layers):
-            block = Block(self.config, layer, self.method, *place)
+            block = Block(self.config, layer, self.method, *place, self.eviction)
             setattr(self, f"layer_{i}", block)
         self.final_norm = Norm(self.config)
         if not self.config.tie_embeddings:
@@ -133,15 +147,18 @@ class Transformer(nn.Module):
         """Run prompt tokens; logits of the last one, or of all of them with `all_logits`."""
         x, keys, tables = self._enter(inputs, cache)
         valid = inputs.positions >= 0
-        layers, statistics = [], []
+        layers, observed = [], []
         for i, layer in enumerate(self.config.layers):
             given = None if partition is None else partition[i]
             context = self._context(i, layer, inputs, cache, keys, tables)
-            x, written, statistic = getattr(self, f"layer_{i}").prefill(x, valid, given, *context)
+            x, written, both = getattr(self, f"layer_{i}").prefill(x, valid, given, *context)
             layers.append(written)
-            statistics.append(statistic)
-        x = x if all_logits else x[:, -1, :]
-        return Outputs(self._logits(x), self._leave(inputs, layers, keys, cache), tuple(statistics))
+            observed.append(both)
+        statistics, seen = zip(*observed, strict=True)
+        logits = self._logits(x if all_logits else x[:, -1, :])
+        return Outputs(
+            logits, self._leave(inputs, layers, keys, cache), statistics=statistics, seen=seen
+        )
 
     def decode(
         self,
@@ -160,17 +177,19 @@ class Transformer(nn.Module):
         if self.implementation in NATIVE:
             x = x.astype(jnp.float32)
         valid = inputs.positions >= 0
-        layers, used = [], []
+        layers, both = [], []
         for i, layer in enumerate(self.config.layers):
             part = None if partition is None else partition[i]
             recorded = None if masks is None else masks[i]
             context = self._context(i, layer, inputs, cache, keys, tables)
             block = getattr(self, f"layer_{i}")
-            x, written, mask = block.decode(x, valid, part, recorded, *context)
+            x, written, found = block.decode(x, valid, part, recorded, *context)
             layers.append(written)
-            used.append(mask)
+            both.append(found)
+        masks, seen = zip(*both, strict=True)
         logits = self._logits(x if all_logits else x[:, -1, :])
-        return Outputs(logits, self._leave(inputs, layers, keys, cache), (), tuple(used))
+        cache = self._leave(inputs, layers, keys, cache)
+        return Outputs(logits, cache, masks=masks, seen=seen)
 
     def _enter(self, inputs: Inputs, cache: Cache) -> tuple[jax.Array, jax.Array, dict]:
         kinds = {(layer.rope, layer.head_dim) for layer in self.config.layers}
@@ -187,10 +206,12 @@ class Transformer(nn.Module):
         tables: dict,
     ) -> tuple[Any, ...]:
         table = tables[(layer.rope, layer.head_dim)]
-        return cache.layers[i], cache.length, table, (inputs.positions, keys)
+        positions = (inputs.positions, keys)
+        return cache.layers[i], cache.length, table, positions, cache.kept_of(i)
 
     def _leave(self, inputs: Inputs, layers: list, keys: jax.Array, cache: Cache) -> Cache:
-        return Cache(tuple(layers), keys, cache.length + inputs.tokens.shape[1])
+        length = cache.length + inputs.tokens.shape[1]
+        return Cache(tuple(layers), keys, length, cache.kept)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.final_norm(x)

@@ -13,8 +13,8 @@ import pytest
 
 import checkpoints
 from popjax import cache as kv
+from popjax.buckets import left_padded
 from popjax.default_model import GGUF_MEMBER, default_model_wheel
-from popjax.generate import left_padded
 from popjax.methods import Method
 from popjax.model import LanguageModel
 from popjax.nn.transformer import Transformer

@@ -17,8 +17,9 @@ import pytest
 
 import popjax
 from popjax import LanguageModel, cache
+from popjax.buckets import left_padded
 from popjax.config import ModelConfig, RopeConfig
-from popjax.generate import PROGRAMS, Inputs, Options, left_padded
+from popjax.generate import PROGRAMS, Inputs, Options
 from popjax.gguf_tokenizer import tokenizer_from_gguf
 from popjax.methods import Method
 from popjax.nn.transformer import Transformer

@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from popjax.bench import BenchResult, MethodBench, Spread, bench, interleaved, speedup_text
+from popjax.buckets import left_padded
 from popjax.config import ModelConfig
-from popjax.generate import PROGRAMS, Options, left_padded
+from popjax.generate import PROGRAMS, Options
 from popjax.methods import Frozen, Method, OnlinePruning, RescoreAll
 from popjax.report import weight_bytes
 from popjax.run import Request, run

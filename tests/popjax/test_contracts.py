@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from kernels_pallas import native
+from popjax.buckets import bucket, left_padded
 from popjax.config import ModelConfig
-from popjax.generate import PROGRAMS, Options, bucket, left_padded
+from popjax.generate import PROGRAMS, Options
 from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
 from popjax.nn.transformer import Inputs
 from popjax.packing import pack

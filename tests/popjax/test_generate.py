@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from popjax import cache as kv
-from popjax.generate import PROGRAMS, Options, bucket, left_padded
+from popjax.buckets import bucket, left_padded
+from popjax.generate import PROGRAMS, Options
 from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
 from popjax.nn.transformer import Transformer
 from popjax.run import Request, run

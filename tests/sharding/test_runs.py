@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from popjax.buckets import left_padded
 from popjax.config import ModelConfig
 from popjax.continuation import continuation_logits
-from popjax.generate import PROGRAMS, Options, left_padded
+from popjax.generate import PROGRAMS, Options
 from popjax.methods import Method
 from popjax.run import Request, RunResult, run
 from popjax.sampling import SamplingConfig

@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(words[:end])
     asked.command = words[end + 1 :]
     try:
+        if end < len(words) and asked.act is not run:
+            raise ValueError(
+                f"{asked.act.__name__} takes no command, and {shlex.join(words[end:])!r} was "
+                "given: drop it, or use run"
+            )
         cloud = CLOUDS[asked.api](
             checked("name", asked.name),
             checked("zone", asked.zone),

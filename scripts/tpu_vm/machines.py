@@ -63,9 +63,8 @@ def machine(target: Target) -> tuple[str, int]:
     hosts, rest = divmod(target.chips, 4)
     if rest:
         sizes = ", ".join(str(size) for size in machines)
-        raise ValueError(
-            f"no {target.chip.name} machine has {target.chips} chips: take one with {sizes}"
-        )
+        chips = "1 chip" if target.chips == 1 else f"{target.chips} chips"
+        raise ValueError(f"no {target.chip.name} machine has {chips}: take one with {sizes}")
     return machines[4], hosts
 
 

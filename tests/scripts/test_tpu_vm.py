@@ -279,13 +279,20 @@ def test_odd_characters_are_refused(
     assert f"{argument} {value!r} is not" in capsys.readouterr().err
 
 
+def test_a_command_is_for_run_alone(tpu_vm: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for act in ("create", "logs", "delete"):
+        assert tpu_vm(act, "my-tpu", *SINGLE, "--", "rm", "x") == (1, [])
+        said = capsys.readouterr().err
+        assert f"{act} takes no command, and '-- rm x' was given: drop it, or use run" in said
+
+
 def test_targets_without_machines_are_refused(
     tpu_vm: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tpu_vm("create", "my-tpu", "--target", "v4:2x2x1", *PLACE)[0] == 1
     assert "use --api tpu-vm" in capsys.readouterr().err
     assert tpu_vm("create", "my-tpu", "--target", "v5p:1x1x1", *PLACE)[0] == 1
-    assert "take one with 4" in capsys.readouterr().err
+    assert "no v5p machine has 1 chip: take one with 4" in capsys.readouterr().err
     assert tpu_vm("create", "my-tpu", "--target", "v9:2x2", *PLACE)[0] == 1
     assert "names no known chip" in capsys.readouterr().err
 

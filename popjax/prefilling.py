@@ -122,7 +122,7 @@ def after_eviction(
     outputs = after_listening(params, asked, outputs)
     positions, layers = outputs.cache.positions, list(outputs.cache.layers)
     dtype, seen = layers[0].k.dtype, outputs.seen
-    tail = kv.empty(asked.config, len(asked.prompts), pool.tail(asked.room), dtype)
+    tail = kv.empty(asked.config, len(asked.prompts), pool.tail(asked.room, asked.align), dtype)
     outputs = dataclasses.replace(outputs, cache=tail, seen=())
     kept = evict(PROGRAMS.evict, params, plan, layers, positions, seen)
     return outputs, kept
@@ -166,7 +166,7 @@ def _columns(inputs: Inputs, first: int, count: int) -> Inputs:
 def _nothing_yet(params: Params, asked: Prefill, inputs: Inputs, capacity: int) -> Outputs:
     """Outputs before the first token of a prompt that follows a context."""
     rows, table = inputs.tokens.shape[0], params["embed"]["table"]
-    cache = kv.empty(asked.config, rows, pool.tail(capacity), table.dtype)
+    cache = kv.empty(asked.config, rows, pool.tail(capacity, asked.align), table.dtype)
     return Outputs(jnp.zeros((rows, 0), jnp.float32), cache)
 
 

@@ -73,7 +73,11 @@ class Refresher:
             one = viewed(i)
             arrays = (one.k, one.v, one.positions, keep[i], starts[i], held[i])
             entries, places = programs.fill(entries, places, *arrays)
-        room = cache.positions.shape[1] if kept is not None else pool.tail(state.tokens.shape[1])
+        room = (
+            cache.positions.shape[1]
+            if kept is not None
+            else pool.tail(state.tokens.shape[1], self.align)
+        )
         empty = kv.empty(self.config, len(budgets), room, cache.layers[0].k.dtype)
         return dataclasses.replace(state, cache=empty), kv.Kept(entries, places, starts, held)
 

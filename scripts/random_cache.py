@@ -50,10 +50,10 @@ def random_kept(
     method: KvMethod, config: ModelConfig, tokens: int, dtype: Any, seed: int = 0
 ) -> kv.Kept:
     """What a method might keep of one prompt of `tokens`, laid out as an eviction would."""
-    lengths, align = uneven_lengths(method, config, tokens, seed), pool.alignment()
+    lengths, align = uneven_lengths(method, config, tokens, seed), pool.alignment("native")
     rows = -(-lengths // align) * align
     starts = np.cumsum(rows).reshape(rows.shape) - rows
-    capacity = pool.capacity(int(lengths.sum()) + (align - 1) * lengths.size)
+    capacity = pool.capacity(int(lengths.sum()) + (align - 1) * lengths.size, align)
     rng, positions = np.random.default_rng(seed), np.full(capacity, -1, np.int32)
     for start, length in zip(starts.flat, lengths.flat, strict=True):
         chosen = rng.choice(tokens, length, replace=False)

@@ -44,6 +44,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.weights)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, and only where it runs workers
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each file to one worker, so that what its tests share is compiled once.
+
+    Tests that compile for accelerators share nothing and take minutes: they go one by one.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith("tests/aot/") else nodeid.split("::")[0]
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture
 def nan_checks() -> Iterator[None]:
     """Makes the first NaN that any computation of the test returns an error.

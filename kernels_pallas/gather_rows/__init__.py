@@ -37,8 +37,8 @@ def _pool() -> ThreadPoolExecutor:
 def gather_rows(w: jax.Array, rows: jax.Array, implementation: str | None = None) -> jax.Array:
     """Rows [R, D] of w [F, D] at indices rows [R], in their order.
 
-    An index outside 0..F-1 is taken for the nearest one inside. Raises ValueError for an unknown
-    implementation, or `host` where the arrays are not on one CPU.
+    An index outside 0..F-1 is taken for the nearest one inside. Raises ValueError for rows that
+    are no list of integers, an unknown implementation, or `host` where arrays are not on one CPU.
     """
     return gather_all([w], [rows], implementation)[0]
 
@@ -55,6 +55,9 @@ def gather_all(
             f"gather_rows implementation {implementation!r} is unknown: "
             f"use one of {IMPLEMENTATIONS}"
         )
+    for r in rows:
+        if r.ndim != 1 or not jnp.issubdtype(r.dtype, jnp.integer):
+            raise ValueError(f"gather_rows needs rows [R] of integers, got {r.dtype} {r.shape}")
     on_host = all(map(_on_one_cpu, weights))
     if implementation == "host" and not on_host:
         raise ValueError("gather_rows 'host' needs a concrete array on one CPU device: use 'xla'")

@@ -196,7 +196,7 @@ def empty_pool(
     totals: Sequence[int], starts: jax.Array, align: int, like: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Entries and positions of a pool for so many entries a row, of keys `like` [..., H]."""
-    rows = pool.capacity(sum(totals) + (align - 1) * starts.size)
+    rows = pool.capacity(sum(totals) + (align - 1) * starts.size, align)
     kept = pool.empty(like.shape[-1], starts.shape, rows, like.dtype)
     return kept.entries, kept.positions
 

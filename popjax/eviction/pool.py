@@ -25,19 +25,20 @@ def alignment(implementation: str | None = None) -> int:
     return 1 if own and jax.default_backend() == "cpu" else _TILE
 
 
-def capacity(entries: int) -> int:
+def capacity(entries: int, align: int = 1) -> int:
     """Rows of a pool for so many entries, rounded up by at most a sixteenth: few compiles.
 
-    On a TPU, whose layouts of positions go by 1024, at least to a multiple of that.
+    At least to whole tiles where heads are; on a TPU, whose layouts of positions go by 1024, to
+    multiples of that.
     """
-    least = 1024 if jax.default_backend() == "tpu" else _TILE
+    least = 1024 if jax.default_backend() == "tpu" else align
     step = max(least, 1 << max(0, entries.bit_length() - 5))
     return max(1, -(-entries // step)) * step
 
 
-def tail(slots: int) -> int:
-    """Slots of a cache beside a pool, for so many new tokens: whole tiles."""
-    return max(2, -(-slots // _TILE)) * _TILE
+def tail(slots: int, align: int) -> int:
+    """Slots of a cache beside a pool, for so many new tokens: whole tiles, where heads are."""
+    return slots if align == 1 else max(2, -(-slots // _TILE)) * _TILE
 
 
 def places(keep: tuple[jax.Array, ...], align: int) -> tuple[jax.Array, jax.Array]:

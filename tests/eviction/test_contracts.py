@@ -28,9 +28,21 @@ from tests.popjax.tiny_models import CONFIGS, PROMPTS, VOCAB, logit_tolerance, r
 NEW, TOKENS = 9, 9
 NEVER = (VOCAB,)
 ONLINE = OnlinePruning(ratio=0.5, gamma=0.3, prefill="dense")
-PAIRS = [(family, name) for family in CONFIGS for name in KV_METHODS if family != "llama3"]
-# Every method where heads share keys plainly, and the paper's on what differs within a layer.
-FEW = [pair for pair in PAIRS if pair[0] == "qwen3" or pair[1] == "laprox"]
+# Each kind of observation: last queries, all queries, none, a second pass, the attention's input.
+KINDS = ("laprox", "h2o", "streaming-llm", "kvzip", "fast-kvzip")
+
+
+def pairs(quick: tuple[str, ...]) -> list[Any]:
+    """All methods on all families; slow ones repeat what quick ones show of another family."""
+    found = []
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        for name in KV_METHODS:
+            slow = name not in (quick if family == "llama" else ("laprox",))
+            found.append(pytest.param(family, name, marks=[pytest.mark.slow] if slow else []))
+    return found
+
+
+PAIRS, FEW = pairs(tuple(KV_METHODS)), pairs(KINDS)
 
 
 def config_of(family: str) -> ModelConfig:

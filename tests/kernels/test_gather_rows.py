@@ -105,3 +105,19 @@ def test_the_copies_race_with_nothing(capfd: pytest.CaptureFixture[str]) -> None
 def test_rows_that_are_not_whole_tiles_are_refused(w: jax.Array) -> None:
     with pytest.raises(ValueError, match=r"whole tiles \[F,D/128,128\], got"):
         gather_rows(w, jnp.array([1]), "pallas_interpret")
+
+
+@pytest.mark.parametrize("implementation", [None, *PLAIN, "pallas_interpret"])
+def test_rows_outside_the_matrix_are_the_nearest_inside(implementation: str | None) -> None:
+    w = jnp.arange(3.0)[:, None, None] * jnp.ones((1, 8, 128))
+    rows = jnp.array([3, -1, 1, 500, -7], jnp.int32)
+    out = gather_rows(w, rows, implementation)
+    assert np.asarray(out)[:, 0, 0].tolist() == [2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("implementation", [None, *PLAIN, "pallas_interpret"])
+def test_rows_that_are_no_list_of_integers_are_refused(implementation: str | None) -> None:
+    w = jnp.ones((3, 8, 128))
+    for rows in (jnp.array([1.0]), jnp.ones((3,), bool), jnp.array([[1, 2]])):
+        with pytest.raises(ValueError, match=r"needs rows \[R\] of integers, got (float|bool|int)"):
+            gather_rows(w, rows, implementation)

@@ -1,6 +1,7 @@
 """The masked feed-forward layer: every implementation against plain NumPy in float64.
 
-Which channels are chosen is tested in test_selection.py, packed weights in test_quantized_rows.py.
+Which channels are chosen is tested in test_selection.py, packed weights in test_quantized_rows.py,
+what is refused in test_masked_mlp_refusals.py.
 """
 
 import functools
@@ -243,59 +244,6 @@ def test_what_is_not_chosen_is_not_read(point: str) -> None:
     assert np.asarray(out).tobytes() == np.asarray(wanted).tobytes()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "native"])
-@pytest.mark.parametrize(
-    ("shapes", "complaint"),
-    [
-        ([(1, 1, 8), (4, 8), (4, 8), (5, 8)], "got .*5, 8"),
-        ([(1, 1, 7), (4, 8), (4, 8), (4, 8)], "got .*1, 1, 7"),
-    ],
-)
-def test_shapes_that_disagree_are_refused(
-    shapes: list[Any], complaint: str, implementation: str
-) -> None:
-    arrays = [jnp.zeros(shape) for shape in shapes]
-    with pytest.raises(ValueError, match=complaint):
-        masked_mlp(*arrays, activation="silu", implementation=implementation)
-
-
-def test_dtypes_that_the_kernels_cannot_read_are_refused() -> None:
-    x, gate, up, down = inputs(2, 1, 8, 4, "float32")
-    half, mask = up.astype(jnp.bfloat16), jnp.ones((2, 1, 4), jnp.int32)
-    options: dict[str, Any] = {"activation": "silu", "implementation": "native"}
-    for arrays, given, complaint in (
-        ((x, gate, half, down), None, "one shape, one dtype"),
-        ((x, gate, up, half), None, "one shape, one dtype"),
-        ((x.astype(jnp.float16), gate, up, down), None, "x is not float32 or bfloat16"),
-        ((x, *(w.astype(jnp.float16) for w in (gate, up, down))), None, "neither float32"),
-        ((x, gate, up, down), mask, "a given mask is boolean"),
-    ):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=f"popjax: .*{complaint}"):
-            jax.block_until_ready(masked_mlp(*arrays, given=given, **options))
-
-
-def test_unknown_names_are_refused() -> None:
-    arrays = inputs(1, 1, 8, 4, "float32")
-    with pytest.raises(ValueError, match="'fast' is unknown: use one of .*xla.*native"):
-        masked_mlp(*arrays, activation="silu", implementation="fast")
-    with pytest.raises(ValueError, match="'end' is unknown: use one of .*product.*gate"):
-        masked_mlp(*arrays, activation="silu", selection=Selection(point="end"))
-
-
-def test_rows_are_not_gathered_without_a_fixed_count() -> None:
-    arrays = inputs(1, 1, 8, 4, "float32")
-    by_threshold = Selection(num_candidate=4, threshold=jnp.zeros(4))
-    for selection, given in ((by_threshold, None), (None, jnp.ones((1, 1, 4), bool))):
-        with pytest.raises(ValueError, match="fixed count: use 'xla'"):
-            masked_mlp(
-                *arrays,
-                activation="silu",
-                selection=selection,
-                given=given,
-                implementation="xla_gathered",
-            )
-
-
 def tiles(w: jax.Array) -> jax.Array:
     return w.reshape(w.shape[0], -1, 128)
 
@@ -341,22 +289,6 @@ def test_weights_kept_as_tiles_are_read_in_rows_or_blocks(point: str, keep: int)
     assert mask is not None and (np.asarray(mask) == np.asarray(used)).all()
 
 
-def test_what_the_tpu_kernels_cannot_run_is_refused() -> None:
-    arrays = inputs(1, 1, 8, 4, "float32")
-    options: dict[str, Any] = {"activation": "silu", "implementation": "pallas_interpret"}
-    half = [a.astype(jnp.float16) for a in arrays]
-    with pytest.raises(ValueError, match="'pallas_interpret': the weights are float16"):
-        masked_mlp(*half, **options)
-    many = jnp.zeros((65, 1, 8))
-    with pytest.raises(ValueError, match="65 vectors are more than the 64"):
-        masked_mlp(many, *arrays[1:], **options)
-    with pytest.raises(ValueError, match=r"rows of weights \[F,D/128,128\] only, got \(4, 8\)"):
-        masked_mlp(*arrays, rows=jnp.arange(2), **options)
-    for name, reason in (("pallas_tpu", "D = 8 is no multiple of 128"), ("pallas_gpu", "of 64")):
-        with pytest.raises(ValueError, match=reason):
-            masked_mlp(*arrays, **{**options, "implementation": name})
-
-
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("choice", ["all", "given", "scored"])
@@ -377,3 +309,30 @@ def test_a_layer_without_a_gate(choice: str, activation: str, implementation: st
         assert (on[..., 50:] == (loud >= np.sort(loud)[..., -30:-29])).all() and on[..., :50].all()
     wanted = np.where(on, h, 0) @ np.asarray(down, np.float64)
     np.testing.assert_allclose(np.asarray(out), wanted, rtol=0, atol=tolerance(24, 150, "float32"))
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_output_has_the_dtype_of_x(dtype: str, implementation: str) -> None:
+    x, *weights = inputs(2, 1, 8, 16, "float32")
+    selection = Selection(num_candidate=16, k_selected=4)
+    options: dict[str, Any] = {"activation": "silu", "selection": selection}
+    x = x.astype(dtype)
+    out, _ = masked_mlp(x, *weights, implementation=implementation, **options)
+    assert out.dtype == x.dtype
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_shared_choice_is_made_for_every_step(by_rows: bool) -> None:
+    """Three steps use the channels of three choices, more than any one of them has."""
+    x, *weights = inputs(2, 3, 1024, 300, "float32")
+    rows = jnp.arange(0, 300, 2, dtype=jnp.int32) if by_rows else None
+    selection = Selection(num_candidate=100, k_selected=10, shared=True)
+    options: dict[str, Any] = {"activation": "silu", "selection": selection, "rows": rows}
+    held = [tiles(w) for w in weights]
+    out, mask = masked_mlp(x, *held, implementation="pallas_interpret", **options)
+    wanted, used = masked_mlp(x, *held, implementation="xla", **options)
+    assert mask is not None and (np.asarray(mask) == np.asarray(used)).all()
+    assert len(np.unique(np.asarray(mask), axis=1)[0]) == 3
+    atol = tolerance(1024, 300, "float32")
+    np.testing.assert_allclose(np.asarray(out), np.asarray(wanted), rtol=0, atol=atol)

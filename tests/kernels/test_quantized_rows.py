@@ -18,6 +18,12 @@ from kernels_pallas.row_products import (
     quantized,
 )
 
+# Compiled: op by op, XLA would compile each of a dozen anew for every shape.
+stored_as = jax.jit(quantized, static_argnums=(1, 2))
+read_back = jax.jit(dequantized)
+products = {
+    function: jax.jit(function, static_argnums=4) for function in (expand_rows, contract_rows)
+}
 EPS = 2.0**-23
 MOST = {8: 127, 4: 7}
 
@@ -41,14 +47,14 @@ def test_a_weight_is_off_by_half_a_step(
     bits: int, F: int, groups: int, group: int, seed: int
 ) -> None:
     w = rows_of(np.random.default_rng(seed), F, groups * group)
-    stored = quantized(jnp.asarray(w), bits, group)
+    stored = stored_as(jnp.asarray(w), bits, group)
     assert (stored.bits, stored.shape) == (bits, w.shape)
     assert stored.scales.shape == (F, groups)
     assert stored.nbytes == w.size * bits // 8 + F * groups * 4
     largest = np.abs(w.reshape(F, groups, group)).max(-1, keepdims=True)
-    off = np.abs(np.asarray(dequantized(stored)) - w).reshape(F, groups, group)
+    off = np.abs(np.asarray(read_back(stored)) - w).reshape(F, groups, group)
     assert (off <= largest / MOST[bits] * (0.5 + 4 * MOST[bits] * EPS)).all()
-    again = quantized(dequantized(stored), bits, group)
+    again = stored_as(read_back(stored), bits, group)
     assert np.asarray(again.values).tobytes() == np.asarray(stored.values).tobytes()
 
 
@@ -105,16 +111,16 @@ def test_products_are_those_of_the_matrix_that_is_stored(
 ) -> None:
     rng = np.random.default_rng(seed)
     D = 3 * group
-    stored = quantized(jnp.asarray(rng.standard_normal((F, D)), jnp.float32), bits, group)
-    w = np.asarray(dequantized(stored), np.float64)
+    stored = stored_as(jnp.asarray(rng.standard_normal((F, D)), jnp.float32), bits, group)
+    w = np.asarray(read_back(stored), np.float64)
     order = rng.permutation(F)[: F // 2 + 1]
     rows = jnp.asarray(order[None], jnp.int32)
     x = rng.standard_normal((N, D)).astype(np.float32)
     h = rng.standard_normal((N, len(order))).astype(np.float32)
-    out = expand_rows(jnp.asarray(x), stored, rows, None, implementation)
+    out = products[expand_rows](jnp.asarray(x), stored, rows, None, implementation)
     bound = np.abs(x) @ np.abs(w[order]).T * (D + 4) * EPS
     assert (np.abs(np.asarray(out) - x.astype(np.float64) @ w[order].T) <= bound).all()
-    out = contract_rows(jnp.asarray(h), stored, rows, None, implementation)
+    out = products[contract_rows](jnp.asarray(h), stored, rows, None, implementation)
     bound = np.abs(h) @ np.abs(w[order]) * (len(order) + 4) * EPS
     assert (np.abs(np.asarray(out) - h.astype(np.float64) @ w[order]) <= bound).all()
 

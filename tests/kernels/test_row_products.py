@@ -25,6 +25,10 @@ from kernels_pallas.row_products import (
     quantized,
 )
 
+# Compiled: op by op, XLA would compile each of a dozen anew for every shape.
+products = {
+    function: jax.jit(function, static_argnums=4) for function in (expand_rows, contract_rows)
+}
 KINDS = ("float32", "bfloat16", "int8", "int4")
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 SIZES = st.one_of(st.integers(1, 9), st.sampled_from([31, 33, 63, 67, 129, 545]))
@@ -132,9 +136,9 @@ def test_products_of_chosen_rows(
     rows, valid = dense_lists(rows, counts, N)
     W, X, H = exact(w)[rows], np.asarray(x, np.float64), np.asarray(h, np.float64)
     W, H = np.where(valid[:, :, None], W, 0), np.where(valid, H, 0)
-    out = expand_rows(x, w, *places, implementation)
+    out = products[expand_rows](x, w, *places, implementation)
     close(out, np.einsum("ND,NCD->NC", X, W), np.einsum("ND,NCD->NC", abs(X), abs(W)), D)
-    out = contract_rows(h, w, *places, implementation)
+    out = products[contract_rows](h, w, *places, implementation)
     wanted, size = np.einsum("NC,NCD->ND", H, W), np.einsum("NC,NCD->ND", abs(H), abs(W))
     close(out, wanted, size, rows.shape[1])
 

@@ -1,5 +1,6 @@
 """Which channels are chosen: the kernels and XLA against NumPy, and one against the other."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from kernels_pallas.masked_mlp import POINTS, Selection, choose, masked_mlp, nat
 
 EPS = 2.0**-23
 FORMS = {"xla": select_top, "native": native.select_top}
+# Op by op, XLA would compile each of a dozen anew for every shape.
+compiled = {name: jax.jit(function, static_argnums=1) for name, function in FORMS.items()}
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:
@@ -49,7 +52,7 @@ def test_the_largest_scores_ties_to_the_first(
     elif values == "alike":
         scores[:] = 1.5
     count = round(share * size)
-    mask = np.asarray(FORMS[form](jnp.asarray(scores), count))
+    mask = np.asarray(compiled[form](jnp.asarray(scores), count))
     assert mask.shape == scores.shape and mask.dtype == bool
     assert (mask == largest(scores, count)).all()
 
@@ -113,9 +116,8 @@ def test_a_mask_is_a_valid_choice(
 ) -> None:
     B, E, selection = problem
     arrays = layer(seed, B, E, 33)
-    out, mask = masked_mlp(
-        *arrays, activation="silu", selection=selection, implementation=implementation
-    )
+    run = functools.partial(masked_mlp, activation="silu", implementation=implementation)
+    out, mask = jax.jit(run)(*arrays, selection=selection)
     assert mask is not None and mask.shape == (1 if selection.shared else B, 1, E)
     a = np.abs(activations(*arrays[:3], point=selection.point))
     places = np.asarray(selection.places(E))
@@ -239,6 +241,4 @@ def test_thresholds_are_data() -> None:
 def test_what_cannot_be_chosen_is_refused(selection: Selection, complaint: str) -> None:
     arrays = layer(0, 1, 8, 4)
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"popjax: .*{complaint}"):
-        jax.block_until_ready(
-            masked_mlp(*arrays, activation="silu", selection=selection, implementation="native")
-        )
+        jax.block_until_ready(native.masked_mlp(*arrays, activation="silu", selection=selection))

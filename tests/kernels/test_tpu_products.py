@@ -129,6 +129,27 @@ def test_what_is_not_listed_is_not_read(form: str, kept: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("form", "kept"), [("blocks", "flat"), ("blocks", "tiled"), ("rows", "tiled")]
+)
+def test_a_count_above_the_list_is_the_list(form: str, kept: str) -> None:
+    """200 would have rows copied from places that the list does not have."""
+    _, held, units, _, lanes = case(1024, 300, "float32", "all", form, kept)
+    units, lanes = units[:2], lanes[: 2 * SIZES[form]]
+    x, h = jnp.ones((2, 1024)), jnp.ones((2, lanes.size))
+    params = pltpu.InterpretParams(uninitialized_memory="nan")
+    made = []
+    for count, interpret in ((2, True), (200, True), (200, params)):
+        options: dict[str, Any] = {"size": SIZES[form], "interpret": interpret}
+        counts = jnp.array([count], jnp.int32)
+        hidden = tpu.expand(x, [held], units, counts, **options)[0]
+        y = tpu.contract(h, held, units, counts, **options)
+        made.append((np.asarray(hidden)[:, lanes >= 0], np.asarray(y)))
+    for found in made[1:]:
+        for a, b in zip(found, made[0], strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=8 * EPS["float32"] * math.sqrt(1024))
+
+
+@pytest.mark.parametrize(
     ("w", "vectors", "reason"),
     [
         (jax.ShapeDtypeStruct((256, 512), jnp.float16), 1, "float16, and they read bfloat16"),

@@ -148,7 +148,15 @@ def test_generate_json_is_one_object_and_nothing_else(
     assert report["method"] == "online-pruning"
     assert report["read_bytes_per_token"] < report["dense_bytes_per_token"]
     assert [layer["active"] for layer in report["layers"]] == [24, 24]
-    assert set(report["seconds"]) == {"load", "compile", "prefill", "plan", "pack", "decode"}
+    assert set(report["seconds"]) == {
+        "load",
+        "compile",
+        "prefill",
+        "evict",
+        "plan",
+        "pack",
+        "decode",
+    }
     assert report["comparison"] is None
 
 
@@ -185,7 +193,7 @@ def test_generate_picks_the_method(popjax: Any, arguments: list[str], method: st
         (["--top-p", "2", "--do-sample"], "top_p 2.0 is out of range"),
         (["--top-k", "3", "--greedy"], "no effect on greedy"),
         (["--dtype", "int8"], "dtype 'int8' is not supported"),
-        (["--compare-dense"], "nothing to compare"),
+        (["--compare-dense"], "compares FFN pruning alone"),
         (["--no-such-option"], "No such option"),
     ],
 )

@@ -52,6 +52,21 @@ PAIRS = [
 PRUNED = [pair for pair in PAIRS if not pair[1].startswith("dense")]
 REPLAYED = [pair for pair in PRUNED if pair[0] == "llama" or pair[1] == "online"]
 MASKED = [pair for pair in PAIRS if pair[1] in ("online", "rescore")]
+SCORED = [pair for pair in PAIRS if pair[0] == "llama" or pair[1] == "online"]
+# Families differ in attention and methods in the FFN, so these pairs show what any other would.
+TELLING = [
+    (family, name)
+    for family, name in PAIRS
+    if family == "llama" or name == "online" or (name == "dense" and family != "llama3")
+]
+
+
+def over(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Parameters for all pairs, of which those that repeat what others show are slow."""
+    rows = [
+        pytest.param(*pair, marks=[] if pair in TELLING else [pytest.mark.slow]) for pair in pairs
+    ]
+    return pytest.mark.parametrize(("family", "name"), rows)
 
 
 def config_of(family: str) -> ModelConfig:
@@ -101,19 +116,19 @@ def assert_same_run(family: str, result: RunResult, wanted: RunResult, rows: Any
             assert (mask == other[:, rows]).all()
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
+@over(PAIRS)
 def test_runs_are_computed_as_asked(family: str, name: str) -> None:
     assert native.available(), native.status().reason
     assert reference(family, name).implementation == ("xla" if name in XLA else "auto")
 
 
-@pytest.mark.parametrize(("family", "name"), [pair for pair in PAIRS if pair[1] in XLA])
+@over([pair for pair in PAIRS if pair[1] in XLA])
 def test_the_kernels_agree_with_xla(family: str, name: str) -> None:
     kernels = reference(family, name.removesuffix("/xla"))
     assert_same_run(family, reference(family, name), kernels)
 
 
-@pytest.mark.parametrize(("family", "name"), PRUNED)
+@over(PRUNED)
 def test_pruning_nothing_is_dense_bit_for_bit(family: str, name: str) -> None:
     everything = dataclasses.replace(METHODS[name], ratio=0.0)  # type: ignore[call-arg]
     result = ran(family, request(name, method=everything))
@@ -123,7 +138,7 @@ def test_pruning_nothing_is_dense_bit_for_bit(family: str, name: str) -> None:
     assert result.packed_bytes == 0
 
 
-@pytest.mark.parametrize(("family", "name"), PRUNED)
+@over(PRUNED)
 def test_counts_are_those_asked_for(family: str, name: str) -> None:
     result = reference(family, name)
     assert result.partition is not None
@@ -142,14 +157,14 @@ def test_counts_are_those_asked_for(family: str, name: str) -> None:
         assert (mask.sum(axis=-1) == layer.mlp_dim // 2).all()
 
 
-@pytest.mark.parametrize(("family", "name"), MASKED)
+@over(MASKED)
 def test_masks_differ_between_steps_and_rows(family: str, name: str) -> None:
     for mask in masks_of(reference(family, name)):
         assert not (mask[1:] == mask[:1]).all()
         assert not (mask[:, 1:] == mask[:, :1]).all()
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
+@over(PAIRS)
 def test_a_row_alone_is_the_row_of_the_batch(family: str, name: str) -> None:
     """Rows 0 and 2 alone also fit a smaller bucket, so this is padded against unpadded too."""
     wanted = reference(family, name)
@@ -176,7 +191,7 @@ def test_a_row_with_its_own_seed_samples_the_same_alone(name: str) -> None:
         assert_same_run("llama", ran("llama", alone), together, rows=[row])
 
 
-@pytest.mark.parametrize(("family", "name"), REPLAYED)
+@over(REPLAYED)
 def test_recorded_partition_and_masks_replay_the_run(family: str, name: str) -> None:
     wanted = reference(family, name)
     result = ran(family, request(name, partition=wanted.partition, masks=wanted.masks))
@@ -193,7 +208,7 @@ def test_foreign_masks_are_obeyed(name: str) -> None:
     assert result.tokens[:, 1:].tolist() != wanted.tokens[:, 1:].tolist()
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
+@over(PAIRS)
 def test_streamed_is_unstreamed(family: str, name: str) -> None:
     wanted, chunk = reference(family, name), 5
     heard: list[np.ndarray] = []
@@ -209,7 +224,7 @@ def test_streamed_is_unstreamed(family: str, name: str) -> None:
     assert all((tokens == wanted.tokens[:, : tokens.shape[1]]).all() for tokens in heard)
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
+@over(PAIRS)
 def test_a_second_prompt_of_a_bucket_compiles_nothing(family: str, name: str) -> None:
     first = reference(family, name)
     prompts = [[3] * 17, [44, 2], [8, 9, 10, 11, 12, 13]]
@@ -226,10 +241,7 @@ def test_gathering_chosen_rows_agrees_with_masking(family: str, name: str) -> No
     assert_same_run(family, ran(family, request(name, options=options)), reference(family, name))
 
 
-SCORED = [pair for pair in PAIRS if pair[0] == "llama" or pair[1] == "online"]
-
-
-@pytest.mark.parametrize(("family", "name"), SCORED)
+@over(SCORED)
 def test_teacher_forced_scores_are_those_of_single_steps(family: str, name: str) -> None:
     wanted, config, params = reference(family, name), config_of(family), params_of(family)
     static = {"config": config, "method": METHODS[name]}
@@ -247,7 +259,7 @@ def test_teacher_forced_scores_are_those_of_single_steps(family: str, name: str)
     np.testing.assert_allclose(logits, expected[:, 1:], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
+@over(PAIRS)
 def test_a_finished_row_leaves_the_others_as_they_were(family: str, name: str) -> None:
     wanted = reference(family, name)
     end = int(wanted.tokens[2, 2])

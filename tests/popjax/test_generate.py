@@ -149,7 +149,7 @@ def test_one_token_needs_no_decode_step() -> None:
 
 def test_phases_are_timed_apart() -> None:
     result = run(PARAMS, CONFIG, Request(PROMPTS, 12))
-    assert set(result.seconds) == {"compile", "prefill", "plan", "pack", "decode"}
+    assert set(result.seconds) == {"compile", "prefill", "evict", "plan", "pack", "decode"}
     assert all(seconds >= 0 for seconds in result.seconds.values())
     again = run(PARAMS, CONFIG, Request(PROMPTS, 12))
     assert again.seconds["compile"] == 0

@@ -11,7 +11,7 @@ import pytest
 from kernels_pallas.masked_mlp import choose
 from kernels_pallas.masked_mlp.selection import scores as step_scores
 from popjax.families import model_config
-from popjax.generate import Options
+from popjax.generate import PROGRAMS, Options
 from popjax.methods import (
     METHODS,
     Frozen,
@@ -265,6 +265,45 @@ def test_methods_are_named_hashable_and_final(name: str) -> None:
     assert type(method).__mro__[1:] in ((Method, object), (object,))
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.ratio = 0.1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Frozen(1.0),
+        Griffin(1.0),
+        OnlinePruning(ratio=1.0, gamma=0.0),
+        OnlinePruning(ratio=0.99, gamma=0.0, prefill="dense"),
+    ],
+    ids=method_name,
+)
+def test_a_ratio_that_leaves_no_channel_is_refused_before_anything_is_compiled(
+    method: Method,
+) -> None:
+    request = Request(PROMPTS[:1], 2, method=method)
+    before = PROGRAMS.compilations
+    with pytest.raises(ValueError, match="leaves no FFN channel of layer 0, which has 48: lower"):
+        run(random_params(CONFIG), CONFIG, request)
+    assert PROGRAMS.compilations == before
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Frozen(0.7),
+        Griffin(0.7),
+        RescoreAll(0.7),
+        OnlinePruning(ratio=0.7),
+        OnlinePruning(ratio=0.5, granularity=8),
+    ],
+    ids=method_name,
+)
+def test_a_method_announces_what_its_plan_evaluates(method: Method) -> None:
+    statistics = tuple(jnp.arange(1.0, layer.mlp_dim + 1) for layer in CONFIG.layers)
+    channels = method.plan(CONFIG, statistics).channels
+    assert channels is not None
+    announced = [method.evaluated(layer.mlp_dim) for layer in CONFIG.layers]
+    assert announced == [part.evaluated for part in channels]
 
 
 @pytest.mark.parametrize(

@@ -90,13 +90,38 @@ def test_rows_that_are_not_whole_tiles_stay_as_they_are() -> None:
     assert as_tiles(params, config)["layer_1"]["mlp"]["down"].shape == (300, 576)
 
 
-@pytest.mark.parametrize("implementation", [None, "xla", "native", "pallas_interpret"])
+@pytest.mark.parametrize(
+    ("implementation", "tiled"),
+    [
+        *((name, tiled) for name in (None, "xla", "native") for tiled in (False, True)),
+        ("pallas_interpret", False),
+    ],
+)
 def test_fetching_by_index_is_refused_where_it_cannot_be(
-    params: Any, implementation: str | None
+    params: Any, implementation: str | None, tiled: bool
 ) -> None:
     how = Options(implementation=implementation, pack=False)
-    with pytest.raises(ValueError, match="pack=False fetches rows by index, .*tiles=True"):
-        run(params, CONFIG, Request(PROMPTS, 2, method=OnlinePruning(ratio=0.5), options=how))
+    request = Request(PROMPTS, 2, method=OnlinePruning(ratio=0.5), options=how)
+    obstacle = "only the kernels of an accelerator do, and .* run on .* here: leave pack=True"
+    if implementation == "pallas_interpret":
+        obstacle = r"kept as tiles, and these are \(300, 1024\): load the model with tiles=True"
+    with pytest.raises(ValueError, match=f"pack=False fetches rows by index, .*{obstacle}"):
+        run(as_tiles(params, CONFIG) if tiled else params, CONFIG, request)
+
+
+def test_rows_that_cannot_be_tiles_are_not_fetched_by_index() -> None:
+    config = dataclasses.replace(CONFIG, embed_dim=576)
+    how = Options(implementation="pallas_interpret", pack=False)
+    request = Request(PROMPTS, 2, method=OnlinePruning(ratio=0.5), options=how)
+    params = init_params(config, jax.random.key(0), jnp.float32)
+    with pytest.raises(ValueError, match="a multiple of 1024 .* these have 576: leave pack=True"):
+        run(params, config, request)
+
+
+def test_pack_is_true_or_false(params: Any) -> None:
+    no: Any = "no"
+    with pytest.raises(ValueError, match="pack 'no' is not a bool"):
+        run(params, CONFIG, Request(PROMPTS, 2, options=Options(pack=no)))
 
 
 def test_kernels_of_chips_that_are_not_here_are_refused(params: Any) -> None:

@@ -17,8 +17,9 @@ from popjax.ahead_of_time import (
     collectives,
     implementation_of,
 )
+from popjax.config import to_json
 from popjax.families import model_config
-from popjax.methods import OnlinePruning
+from popjax.methods import Frozen, Method, OnlinePruning, method_name
 from popjax.targets import parse_target
 from tests.popjax.published_models import LLAMA_31_8B
 
@@ -129,6 +130,28 @@ def test_contexts_stay_inside_the_model_and_above_the_new_tokens() -> None:
         Workload(CONFIG, OnlinePruning(ratio=0.5), parse_target("v5e"), 256)
     with pytest.raises(ValueError, match="batch 0"):
         Workload(CONFIG, OnlinePruning(ratio=0.5), parse_target("v5e"), 1024, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [
+        (Frozen(1.0), "leaves no FFN channel of layer 0, which has 14336: lower the ratio"),
+        (OnlinePruning(model_ratio=1.0), "model_ratio 1.0 needs an FFN ratio of .* above 1"),
+    ],
+)
+def test_a_method_that_cannot_apply_is_refused_before_anything_is_compiled(
+    compiled: list[Workload], method: Method, complaint: str
+) -> None:
+    request = {
+        "config": to_json(CONFIG),
+        "method": method_name(method),
+        "options": dataclasses.asdict(method),
+        "target": "v5e",
+        **{"context": 1024, "batch": 1, "new_tokens": 256, "dtype": "bfloat16"},
+    }
+    with pytest.raises(ValueError, match=complaint):
+        planning.planned(request, lambda text: None)
+    assert compiled == []
 
 
 def test_collectives_are_counted_where_they_start() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kernels_pallas.masked_mlp import Selection, choose, select_top
 from popjax.families import model_config
+from popjax.methods import OnlinePruning
 from popjax.sparsity import (
     ChannelBudget,
     ChannelPartition,
@@ -194,3 +195,24 @@ def chosen(part: ChannelPartition) -> Selection:
     selection = part.selection(weighted=False)
     assert selection is not None
     return selection
+
+
+@pytest.mark.parametrize(
+    ("method", "warning"),
+    [
+        # 48 channels: half of them is 24, which 32 rounds up to 32 with no room for a band.
+        (
+            OnlinePruning(ratio=0.5, granularity=32),
+            "granularity 32 is coarse for the 48 FFN channels of layer 0: asked for ratio 0.5 with "
+            "4 candidates, got 0.333 with 0; lower the granularity",
+        ),
+        (OnlinePruning(ratio=0.5, gamma=0.5, granularity=2), None),
+        (OnlinePruning(ratio=0.5), None),
+    ],
+)
+def test_a_granularity_that_changes_the_budget_is_said(
+    method: OnlinePruning, warning: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    method.for_model(CONFIG)
+    said = [record.getMessage() for record in caplog.records if record.name == "popjax.sparsity"]
+    assert said == ([] if warning is None else [warning])

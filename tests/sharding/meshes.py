@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -57,11 +57,11 @@ def case(family: str, name: str) -> tuple[ModelConfig, dict[str, Any], dict[str,
     return config, params, placed_params(params, config, mesh_of_shape(SHAPES[name]))
 
 
-def pairs(firsts: Iterable[str], shapes: Iterable[str]) -> list[Any]:
-    """All pairs; slow are those of which each half is tested in another pair as well."""
+def pairs(firsts: Iterable[str], shapes: Iterable[str], known: Collection[str] = ()) -> list[Any]:
+    """All pairs; slow are those of which each half is tested in another pair or `known`."""
     firsts, shapes = list(firsts), list(shapes)
     return [
-        pytest.param(first, shape, marks=[pytest.mark.slow] if i and j else [])
+        pytest.param(first, shape, marks=[pytest.mark.slow] if first in known or (i and j) else [])
         for i, first in enumerate(firsts)
         for j, shape in enumerate(shapes)
     ]

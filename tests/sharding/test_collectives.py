@@ -40,7 +40,10 @@ def collectives(compiled: Any) -> dict[str, int]:
     return dict(Counter(COLLECTIVE.findall(compiled.as_text())))
 
 
-@pytest.mark.parametrize(("method", "name"), pairs(METHODS, ["model=4", "model=2,group=2"]))
+@pytest.mark.parametrize(
+    ("method", "name"),
+    pairs(METHODS, ["model=4", "model=2,group=2"], known=("frozen", "rescore-all")),
+)
 def test_a_step_sums_twice_a_layer_and_pruning_adds_nothing(
     programs: dict[str, Any], method: str, name: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import popjax
 from popjax import axes, renumbering, sharding
+from popjax.abstract_run import Place, packed
 from popjax.compare import compare_dense
 from popjax.generate import Options
+from popjax.methods import Frozen
 from popjax.native import restore_native, save_native
 from popjax.run import Request, run
 from popjax.sparsity import ChannelPartition
@@ -192,7 +195,7 @@ def test_channels_and_masks_are_counted_over_all_shards_and_back() -> None:
 def test_a_loaded_model_runs_on_its_mesh(even_checkpoint: Path) -> None:
     mesh = mesh_of_shape({"model": 2})
     alone, spread = popjax.load(str(even_checkpoint)), popjax.load(str(even_checkpoint), mesh=mesh)
-    assert spread.mesh == mesh and alone.mesh is None
+    assert spread.mesh == sharding.automatic(mesh) and alone.mesh is None
     up = spread.params["layer_0"]["mlp"]["up"]
     assert [shard.data.shape for shard in up.addressable_shards] == [(24, 32)] * 2
     texts = ["The quick brown fox", "Hello"]
@@ -231,6 +234,43 @@ def test_our_own_checkpoint_restored_onto_a_mesh_runs(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         run(restored, config, request).tokens, run(params, config, request).tokens
     )
+
+
+def test_shards_too_narrow_for_a_ratio_are_refused_in_a_forecast() -> None:
+    """One of 48 channels stays, of 24 none: what a method announces is of the whole model."""
+    place = Place.of(CONFIG, jax.devices()[:2])
+    method = Frozen(0.98)
+    assert [method.evaluated(layer.mlp_dim) for layer in CONFIG.layers] == [1, 1]
+    scores = tuple(jax.ShapeDtypeStruct((y.mlp_dim,), jnp.float32) for y in CONFIG.layers)
+    outputs: Any = SimpleNamespace(statistics=place.abstract(scores, "F"))
+    params = place.params(CONFIG, jnp.float32)
+    with pytest.raises(ValueError, match="leaves no FFN channel of layer 0, which has 48: lower"):
+        packed(place, params, CONFIG, method, outputs)
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Manual"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_types_of_a_meshs_axes_do_not_matter(
+    even_checkpoint: Path, tmp_path: Path, count: int, kind: str
+) -> None:
+    types = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((count,), ("model",), types, devices=jax.devices()[:count])
+    loaded = popjax.load(str(even_checkpoint), mesh=mesh)
+    save_native(tmp_path / "own", loaded.config, loaded.params)
+    _, restored = restore_native(tmp_path / "own", mesh=mesh)
+    placed = sharding.placed_params(sharding.fetched(loaded.params), loaded.config, mesh)
+    request = Request([[5, 6, 7, 8]], 3)
+    wanted = run(loaded.params, loaded.config, request).tokens
+    for params in (restored, placed):
+        assert (run(params, loaded.config, request).tokens == wanted).all()
+
+
+def test_arrays_of_one_device_under_explicit_axes_are_refused() -> None:
+    kinds = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((1,), ("model",), kinds, devices=jax.devices()[:1])
+    there = jax.device_put(random_params(CONFIG), NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(ValueError, match="of types Explicit, not Auto: .*placed_params"):
+        run(there, CONFIG, Request([PROMPTS[0]], 2))
 
 
 def test_a_mesh_of_one_device_is_no_mesh() -> None:

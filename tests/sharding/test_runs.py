@@ -26,7 +26,7 @@ RECORDED = Options(record_masks=True)
 PRUNED = PRUNING["online-pruning"]
 
 
-@pytest.mark.parametrize(("family", "name"), pairs(FAMILIES, SHAPES))
+@pytest.mark.parametrize(("family", "name"), pairs(FAMILIES, SHAPES, known=("mistral",)))
 def test_dense_on_a_mesh_is_dense_on_one_device(family: str, name: str) -> None:
     config, params, spread = case(family, name)
     request = Request(BATCH, NEW, options=Options(logits=True, logprobs=True))
@@ -38,7 +38,9 @@ def test_dense_on_a_mesh_is_dense_on_one_device(family: str, name: str) -> None:
     assert together.cache_bytes == alone.cache_bytes
 
 
-@pytest.mark.parametrize(("method", "name"), pairs(PRUNING, ["model=4", "model=2,group=2"]))
+@pytest.mark.parametrize(
+    ("method", "name"), pairs(PRUNING, ["model=4", "model=2,group=2"], known=("frozen",))
+)
 def test_a_pruned_mesh_run_replays_on_one_device(method: str, name: str) -> None:
     config, params, spread = case("qwen2", name)
     request = Request(BATCH, NEW, method=PRUNING[method], options=RECORDED)

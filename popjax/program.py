@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 
 class Program:
@@ -50,4 +51,10 @@ class Program:
 
 def _signature(leaf: Any) -> Hashable:
     sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        # P(None) and P() are one placement, and jax makes the one of the other.
+        spec = list(sharding.spec)
+        while spec and spec[-1] is None:
+            spec.pop()
+        sharding = (sharding.mesh, tuple(spec), sharding.memory_kind)
     return (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), sharding)

@@ -16,7 +16,7 @@ from popjax.config import LayerConfig, ModelConfig
 from popjax.eviction import LaProx, pool
 from popjax.eviction.evict import choose, score_layer
 from popjax.eviction.method import LayerEntries, counts
-from tests.aot.test_tpu_kernels import first_chip
+from tests.aot.chips import first_chip
 
 pytestmark = [pytest.mark.aot, pytest.mark.slow]
 

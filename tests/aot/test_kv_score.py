@@ -11,14 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from kernels_pallas.kv_score import Rule, kv_score, tpu
+from tests.aot.chips import first_chip
 
 pytestmark = pytest.mark.aot
 
-CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 # N, K, H.
 MODELS = {
     "SmolLM2-135M": (9, 3, 64),
@@ -28,16 +26,6 @@ MODELS = {
 SHORT, LONG = 8192, 131072
 LAPROX = Rule("l2", "projected")
 TEMPORARIES = 0.02
-
-
-def first_chip(name: str) -> SingleDeviceSharding:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name])
-    return SingleDeviceSharding(topology.devices[0])
-
-
-@pytest.fixture(params=CHIPS, scope="module")
-def chip(request: pytest.FixtureRequest) -> SingleDeviceSharding:
-    return first_chip(request.param)
 
 
 def compiled(

@@ -11,15 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
-from jax.sharding import SingleDeviceSharding
 
 from kernels_pallas.ragged_decode import tpu
 
 pytestmark = pytest.mark.aot
 
-CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 # Layers, query heads, KV heads, head size.
 MODELS = {
     "Llama-3.1-8B": (32, 32, 8, 128),
@@ -38,12 +35,6 @@ def pool_rows(model: str, context: int, B: int) -> int:
     """Entries of a budget for all layers, rounded up so that their positions are whole tiles."""
     L, _, K, _ = MODELS[model]
     return -(-round(KEPT * context * L * K * B) // 1024) * 1024
-
-
-@pytest.fixture(params=CHIPS, scope="module")
-def chip(request: pytest.FixtureRequest) -> SingleDeviceSharding:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.param])
-    return SingleDeviceSharding(topology.devices[0])
 
 
 def arguments(chip: Any, model: str, E: int, B: int, dtype: Any) -> list[Any]:

@@ -8,16 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from kernels_pallas.gather_rows import gather_rows
 from kernels_pallas.masked_mlp import POINTS, Selection, masked_mlp
 from kernels_pallas.row_products import contract, expand, tpu
+from tests.aot.chips import first_chip
 
 pytestmark = pytest.mark.aot
 
-CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 # D and F.
 MODELS = {
     "Llama-3.1-8B": (4096, 14336),
@@ -28,16 +26,6 @@ MODELS = {
 # third; and the channels of a layer before and after each step of choosing, in rows of eight.
 TEMPORARIES = 0.02
 ACTIVATIONS = 16
-
-
-def first_chip(name: str) -> SingleDeviceSharding:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name])
-    return SingleDeviceSharding(topology.devices[0])
-
-
-@pytest.fixture(params=CHIPS, scope="module")
-def chip(request: pytest.FixtureRequest) -> SingleDeviceSharding:
-    return first_chip(request.param)
 
 
 def compiled(chip: Any, function: Any, *arrays: Any, channels: int = 0) -> Any:

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import checkpoints
+from popjax.buckets import left_padded
 from popjax.context import VERSION, Context, load_context
 from popjax.eviction import H2O, LaProx, SnapKV, StreamingLLM, kv_method_named
 from popjax.fingerprint import fingerprint
-from popjax.generate import Options
-from popjax.methods import Frozen, OnlinePruning
+from popjax.generate import PROGRAMS, Options
+from popjax.methods import Frozen, Method, OnlinePruning
+from popjax.nn.transformer import Inputs
 from popjax.prefilling import make_context
 from popjax.report import cache_reports
 from popjax.run import Request, RunResult, run
@@ -275,3 +277,16 @@ def test_a_budget_that_nothing_exceeds_changes_nothing_while_decoding() -> None:
 def test_what_cannot_be_repeated_is_refused(changes: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ran([DOCUMENT], **changes)
+
+
+def test_a_chunk_holds_less_than_the_whole_prompt() -> None:
+    """Beside the cache a chunk holds its own activations, not the prompt's."""
+    config = dataclasses.replace(CONFIG, max_positions=1024)
+    params, static = random_params(config), {"config": config, "method": Method()}
+    whole = left_padded([[3] * 512])
+    first = Inputs(whole.tokens[:, :64], whole.positions[:, :64])
+    begun = PROGRAMS.prefill(params, first, None, **static, capacity=512)
+    piece = PROGRAMS.extend.compiled(begun, params, first, None, None, **static)
+    at_once = PROGRAMS.prefill.compiled(params, whole, None, **static, capacity=512)
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in (piece, at_once)]
+    assert sizes[0] <= sizes[1] / 4

@@ -42,8 +42,14 @@ def test_the_interpreted_kernel_is_float64(sizes: Any, dtype: str, rule: Rule) -
     agrees(problem(0, sizes, dtype, rule), "pallas_interpret")
 
 
-@pytest.mark.parametrize("values", ["none", "projected"])
-@pytest.mark.parametrize("H", [16, 128])
+@pytest.mark.parametrize(
+    ("H", "values"),
+    [
+        (16, "projected"),  # by columns
+        (128, "none"),  # by rows
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((16, "none"), (128, "projected"))),
+    ],
+)
 def test_no_race_and_nothing_read_that_was_not_written(
     H: int, values: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,8 +71,16 @@ def tolerance(D: int, F: int, dtype: str) -> float:
 
 
 @pytest.mark.parametrize("implementation", HERE)
-@pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize("share", ["none", "one", "half", "all"])
+@pytest.mark.parametrize(
+    ("share", "dtype"),
+    [
+        pytest.param(share, dtype, marks=[pytest.mark.slow] if repeats else [])
+        for dtype in EPS
+        for share in ("none", "one", "half", "all")
+        # The dtype changes roundings, not which channels count.
+        for repeats in [dtype == "bfloat16" and share != "half"]
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_of_a_given_mask(
     shape: tuple[int, int, int, int], share: str, dtype: str, implementation: str
@@ -250,7 +258,10 @@ def tiles(w: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
 @pytest.mark.parametrize("point", [None, "given", *POINTS])
-@pytest.mark.parametrize(("evaluated", "B"), [(0, 1), (1, 3), (130, 3), (300, 1)])
+@pytest.mark.parametrize(
+    ("evaluated", "B"),
+    [(0, 1), pytest.param(1, 3, marks=pytest.mark.slow), (130, 3), (300, 1)],
+)
 def test_rows_of_the_full_weights_are_their_packed_copy(
     evaluated: int, B: int, point: str | None, implementation: str
 ) -> None:
@@ -275,8 +286,14 @@ def test_rows_of_the_full_weights_are_their_packed_copy(
         assert (np.asarray(mask) == np.asarray(used)).all()
 
 
-@pytest.mark.parametrize("keep", [0, 20, 290])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    ("point", "keep"),
+    [
+        *((POINTS[0], keep) for keep in (0, 20, 290)),
+        (POINTS[1], 20),
+        *(pytest.param(POINTS[1], keep, marks=pytest.mark.slow) for keep in (0, 290)),
+    ],
+)
 def test_weights_kept_as_tiles_are_read_in_rows_or_blocks(point: str, keep: int) -> None:
     x, *weights = inputs(2, 1, 1024, 300, "float32")
     selection = Selection(num_candidate=300, k_selected=keep, point=point)
@@ -290,8 +307,14 @@ def test_weights_kept_as_tiles_are_read_in_rows_or_blocks(point: str, keep: int)
 
 
 @pytest.mark.parametrize("implementation", HERE)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("choice", ["all", "given", "scored"])
+@pytest.mark.parametrize(
+    ("choice", "activation"),
+    [
+        *((choice, "relu") for choice in ("all", "given", "scored")),
+        ("all", "gelu"),
+        *(pytest.param(choice, "gelu", marks=pytest.mark.slow) for choice in ("given", "scored")),
+    ],
+)
 def test_a_layer_without_a_gate(choice: str, activation: str, implementation: str) -> None:
     x, _, up, down = inputs(2, 1, 24, 150, "float32")
     options: dict[str, Any] = {"activation": activation, "implementation": implementation}

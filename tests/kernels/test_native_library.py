@@ -125,7 +125,11 @@ def compute(folder: Path, **environment: str) -> tuple[dict[str, np.ndarray], st
         return dict(arrays), said.strip()
 
 
-@pytest.mark.parametrize("threads", [{"ONE_CORE": "1"}, {"NPROC": "1"}, {"NPROC": "7"}], ids=str)
+@pytest.mark.parametrize(
+    "threads",
+    [{"ONE_CORE": "1"}, pytest.param({"NPROC": "1"}, marks=pytest.mark.slow), {"NPROC": "7"}],
+    ids=str,
+)
 def test_the_number_of_threads_changes_nothing(
     threads: dict[str, str], computed: dict[str, np.ndarray], tmp_path: Path
 ) -> None:

@@ -119,7 +119,7 @@ def test_several_matrices_at_once(kind: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     problem=problems(),
     count=st.sampled_from(["none", "one", "some", "all"]),

@@ -42,8 +42,14 @@ def backend_compiles():
 
 @pytest.mark.parametrize(
     "method",
-    [Method(), OnlinePruning(0.5), OnlinePruning(0.5, prefill="probe"), Frozen(0.5), Griffin(0.5)]
-    + [RescoreAll(0.5)],
+    [
+        *(Method(), OnlinePruning(0.5), Griffin(0.5)),
+        # By our own count these are tested in test_contracts.py.
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in (OnlinePruning(0.5, prefill="probe"), Frozen(0.5), RescoreAll(0.5))
+        ),
+    ],
     ids=lambda method: f"{type(method).__name__}-{getattr(method, 'prefill', '')}",
 )
 def test_second_prompt_of_a_bucket_compiles_nothing(params, backend_compiles, method):

@@ -28,6 +28,14 @@ METHODS = {
     "rescore-all": RescoreAll(0.6),
     "frozen": Frozen(0.5),
 }
+# Frozen is online pruning without a choice a step, which dense shows.
+methods = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=[pytest.mark.slow] if name == "frozen" else [])
+        for name, method in METHODS.items()
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def same(found: RunResult, wanted: RunResult) -> None:
             assert (np.asarray(a) == np.asarray(b)).all()
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@methods
 def test_interpreted_kernels_decode_as_xla_does(params: Any, method: Method) -> None:
     wanted = decoded(params, method, "xla")
     found = decoded(params, method, "pallas_interpret")
@@ -55,7 +63,7 @@ def test_interpreted_kernels_decode_as_xla_does(params: Any, method: Method) -> 
     same(found, wanted)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@methods
 def test_rows_fetched_by_index_need_no_packed_copy(params: Any, method: Method) -> None:
     wanted = decoded(params, method, "xla")
     tiles = as_tiles(params, CONFIG)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.masked_mlp import Selection, choose, select_top
@@ -111,6 +111,7 @@ def test_a_model_ratio_that_the_ffn_cannot_give() -> None:
 SCORES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1e-30, 3e38, 2.0]), min_size=1, max_size=24)
 
 
+@settings(max_examples=30)  # XLA compiles anew for each number of scores
 @given(scores=SCORES, data=st.data())
 def test_partition_is_by_stable_rank(scores: list[float], data: st.DataObject) -> None:
     size = len(scores)

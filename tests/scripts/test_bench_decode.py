@@ -53,6 +53,7 @@ def test_decode_ffn_and_prefill_sections(
     assert list(tmp_path.glob("*.partial")) == []
 
 
+@pytest.mark.slow
 def test_sections_of_the_cpu_kernels(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +70,7 @@ def test_sections_of_the_cpu_kernels(
     assert found["choosing"]["share"]["rounds"] == pytest.approx(shares.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_yardstick_of_llama_cpp_holds_our_weights(default_model: Any, tmp_path: Path) -> None:
     target = tmp_path / "bfloat16.gguf"

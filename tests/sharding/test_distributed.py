@@ -48,9 +48,8 @@ def two_processes(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
     return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in pairs]
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param("dense", marks=pytest.mark.slow), "online-pruning"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dense", "online-pruning"])
 def test_two_processes_answer_as_one(even_checkpoint: Path, method: str) -> None:
     options: dict[str, Any] = {} if method == "dense" else {"ratio": 0.5}
     size = ["--max-new-tokens", str(NEW), "--ratio", "0.5", "--method", method, "--json"]

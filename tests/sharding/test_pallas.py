@@ -19,7 +19,11 @@ from tests.popjax.tiny_models import TILED
 
 @pytest.mark.parametrize(
     ("method", "tiles"),
-    [(Method(), False), (OnlinePruning(ratio=0.5), False), (RescoreAll(0.6), True)],
+    [
+        pytest.param(Method(), False, marks=pytest.mark.slow),
+        (OnlinePruning(ratio=0.5), False),
+        (RescoreAll(0.6), True),
+    ],
     ids=["dense", "online-pruning", "rescore-all-tiles"],
 )
 def test_each_shard_runs_the_kernels_on_its_own_channels(method: Method, tiles: bool) -> None:

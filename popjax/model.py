@@ -137,6 +137,7 @@ class LanguageModel:
         many tokens at a time, which bounds memory. Raises ValueError for anything out of range
         before work begins.
         """
+        context = self._own(context)
         prompt_ids = self.encode(prompts, chat=chat, begin=context is None)
         # A folder without a tokenizer fails here, not after the work is done.
         tokenizer, stated = self.tokenizer, self.source.generation
@@ -173,7 +174,7 @@ class LanguageModel:
             options=Options(return_logprobs, return_logits, record_masks, implementation, pack),
             on_chunk=listener,
             eviction=self._eviction(kv, kv_keep, kv_tokens),
-            context=self._own(context),
+            context=context,
             prefill_chunk=prefill_chunk,
             evict_every=kv_every,
         )

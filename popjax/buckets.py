@@ -18,10 +18,13 @@ def bucket(length: int, smallest: int = 16) -> int:
     return size
 
 
-def left_padded(prompts: Sequence[Sequence[int]], length: int | None = None) -> Inputs:
+def left_padded(
+    prompts: Sequence[Sequence[int]], length: int | None = None, first: int = 0
+) -> Inputs:
     """Inputs [B, T] of token lists, right-aligned in a bucket (or `length`), pads at position -1.
 
-    Raises ValueError for an empty prompt.
+    first: the position of a prompt's first token, behind those of a context. Raises ValueError for
+    an empty prompt.
     """
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty or not prompts:
@@ -31,5 +34,5 @@ def left_padded(prompts: Sequence[Sequence[int]], length: int | None = None) -> 
     positions = np.full((len(prompts), T), -1, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, T - len(prompt) :] = prompt
-        positions[row, T - len(prompt) :] = np.arange(len(prompt))
+        positions[row, T - len(prompt) :] = first + np.arange(len(prompt))
     return Inputs(jnp.asarray(tokens), jnp.asarray(positions))

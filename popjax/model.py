@@ -79,6 +79,11 @@ class LanguageModel:
             return tokenizer_from_gguf(self.source.metadata)
         return text.load_tokenizer(self.source.folder)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this model from others; its contexts carry it."""
+        return fingerprint(self.params, self.config)
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text, from generation_config.json, else config.json, else the GGUF."""
@@ -209,7 +214,7 @@ class LanguageModel:
     def load_context(self, path: str | os.PathLike[str]) -> Context:
         """A context that `Context.save` wrote. Raises CheckpointError unless it is this model's."""
         dtype = self.params["embed"]["table"].dtype
-        return load_context(path, self.config, fingerprint(self.params, self.config), dtype)
+        return load_context(path, self.config, self.fingerprint, dtype)
 
     def _eviction(
         self, kv: KvMethod | str | None, keep: float | None, tokens: int | None
@@ -226,7 +231,7 @@ class LanguageModel:
             return None
         if not isinstance(context, Context):
             raise ValueError(f"context is a {type(context).__name__}: give what prefill() returns")
-        if context.fingerprint != fingerprint(self.params, self.config):
+        if context.fingerprint != self.fingerprint:
             raise ValueError("context is of another model: prefill it with this one")
         return context
 

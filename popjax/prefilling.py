@@ -65,9 +65,7 @@ class Prefill:
         T = bucket(max((len(prompt) for prompt in self.prompts), default=0))
         if self.chunk is not None and T > self.chunk:
             T = -(-T // self.chunk) * self.chunk
-        found = left_padded(self.prompts, T)
-        shifted = jnp.where(found.positions < 0, -1, found.positions + self.offset)
-        return sharding.placed(Inputs(found.tokens, shifted), "B", self.mesh)
+        return sharding.placed(left_padded(self.prompts, T, self.offset), "B", self.mesh)
 
 
 def prefilled(

@@ -49,13 +49,14 @@ class Refresher:
             layer = None if kept is None else kept.layer(i)
             return programs.view(layer, cache.layers[i], cache.positions, most=most)
 
-        scored = [i for i in layers if budgeted(self.config)[i]]
+        scored = [i for i, takes_part in enumerate(budgeted(self.config)) if takes_part]
         scores, positions = [], []
         for i in layers:
             entries = viewed(i)
             positions.append(entries.positions)
             if i in scored:
-                scores.append(self._score(i, seen[i], entries))
+                given = (self.params, i, seen[i], entries, self.eviction, self.config)
+                scores.append(programs.scores(*given))
         lengths = state.positions
         budgets, totals = self._counts(state)
         keep, starts, held, finite = programs.again(
@@ -68,18 +69,15 @@ class Refresher:
             align=self.align,
         )
         check_finite(scored, np.asarray(finite))
-        entries, places = empty_pool(totals, starts, self.align, cache.layers[0].k)
-        for i in layers:
-            one = viewed(i)
-            arrays = (one.k, one.v, one.positions, keep[i], starts[i], held[i])
-            entries, places = programs.fill(entries, places, *arrays)
+        pooled = empty_pool(totals, starts, self.align, cache.layers[0].k)
+        pooled = programs.moved(map(viewed, layers), (keep, starts, held), pooled)
         room = (
             cache.positions.shape[1]
             if kept is not None
             else pool.tail(state.tokens.shape[1], self.align)
         )
         empty = kv.empty(self.config, len(budgets), room, cache.layers[0].k.dtype)
-        return dataclasses.replace(state, cache=empty), kv.Kept(entries, places, starts, held)
+        return dataclasses.replace(state, cache=empty), pooled
 
     def _watched(self, state: DecodeState, kept: kv.Kept | None) -> tuple[Any, ...]:
         """What the method observes of the last tokens that were decoded."""
@@ -92,15 +90,6 @@ class Refresher:
         eviction = self.eviction.unbudgeted
         arrays = (self.params, inputs, before, self.partition)
         return PROGRAMS.evict.watch(*arrays, **static, eviction=eviction)
-
-    def _score(self, i: int, seen: Any, entries: Any) -> Any:
-        return PROGRAMS.evict.score(
-            self.params[f"layer_{i}"]["attn"],
-            seen,
-            entries,
-            method=self.eviction.unbudgeted,
-            layer=dataclasses.replace(self.config.layers[i], mlp_dim=1),
-        )
 
     def _counts(self, state: DecodeState) -> tuple[list[int], list[int]]:
         """Entries a head, and of all heads, of each row: at most; short rows hold fewer."""

@@ -16,7 +16,7 @@ from popjax.cache import Cache, Kept, LayerCache
 from popjax.config import ModelConfig
 from popjax.eviction import pool
 from popjax.eviction.allocation import Candidates
-from popjax.eviction.method import KvMethod, LayerEntries, budgeted, reach
+from popjax.eviction.method import KvMethod, LayerEntries, budgeted, reach, still_seen
 from popjax.methods.method import Method
 from popjax.nn.transformer import Inputs, Outputs, Transformer
 from popjax.sparsity import Params, Partitions
@@ -76,11 +76,11 @@ def choose_again(
     lengths [B]: tokens so far; a row that holds fewer than its budget keeps all it has.
     """
     kept_layers = [
-        _seen(held, lengths, layer.window)
+        still_seen(held, lengths, layer.window)
         for held, layer in zip(positions, config.layers, strict=True)
     ]
     shared = [i for i, takes_part in enumerate(budgeted(config)) if takes_part]
-    seen = jnp.stack([_seen(positions[i], lengths, reach(config)) for i in shared])
+    seen = jnp.stack([still_seen(positions[i], lengths, reach(config)) for i in shared])
     by_head = jax.vmap(method.protected, in_axes=(1, None), out_axes=1)
     sure = seen & jnp.stack([by_head(positions[i], lengths) for i in shared])
     count = budgets - jnp.sum(sure[0, :, 0], axis=-1, dtype=jnp.int32)
@@ -90,12 +90,6 @@ def choose_again(
     finite = jnp.stack([jnp.all(jnp.isfinite(layer)) for layer in scores])
     keep = tuple(kept_layers)
     return keep, *pool.places(keep, align), finite
-
-
-def _seen(positions: jax.Array, lengths: jax.Array, window: int | None) -> jax.Array:
-    """Entries [B, K, S] that tokens after `lengths` [B] can still see under a window."""
-    seen = positions >= 0
-    return seen if window is None else seen & (positions > lengths[:, None, None] - window)
 
 
 def window_inputs(tokens: jax.Array, cache: Cache, fed: int, count: int) -> tuple[Inputs, Cache]:

@@ -7,7 +7,7 @@ at once, and a layer's dense cache is free as soon as its entries have moved.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from popjax.config import LayerConfig, ModelConfig
 from popjax.eviction import pool
 from popjax.eviction.again import choose_again, view, watch
 from popjax.eviction.allocation import Candidates
-from popjax.eviction.method import KvMethod, LayerEntries, budgeted, counts, reach
+from popjax.eviction.method import KvMethod, LayerEntries, budgeted, counts, reach, still_seen
 from popjax.eviction.shadow import listen, padded
 from popjax.program import Program
 from popjax.sparsity import Params
@@ -96,9 +96,9 @@ def choose(
 
     scores: of the layers that share the budget; positions [B, S]; lengths and budgets [B].
     """
-    sure = _seen(positions, lengths, reach(config)) & method.protected(positions, lengths)
-    slots = _seen(positions, lengths, reach(config)) & ~sure
-    candidates = Candidates(slots, budgets - jnp.sum(sure, axis=1, dtype=jnp.int32))
+    seen = still_seen(positions, lengths, reach(config))
+    sure = seen & method.protected(positions, lengths)
+    candidates = Candidates(seen & ~sure, budgets - jnp.sum(sure, axis=1, dtype=jnp.int32))
     chosen = list(method.allocate(scores, candidates))
     finite = jnp.stack([jnp.all(jnp.isfinite(layer)) for layer in scores])
     keep = []
@@ -106,16 +106,10 @@ def choose(
         if takes_part:
             keep.append(chosen.pop(0) | sure[:, None, :])
         else:
-            seen = _seen(positions, lengths, layer.window)
+            seen = still_seen(positions, lengths, layer.window)
             shape = (positions.shape[0], layer.num_kv_heads, positions.shape[1])
             keep.append(jnp.broadcast_to(seen[:, None, :], shape))
     return tuple(keep), *pool.places(tuple(keep), align), finite
-
-
-def _seen(positions: jax.Array, lengths: jax.Array, window: int | None) -> jax.Array:
-    """Slots [B, S] of tokens that those after `lengths` [B] can still see under a window."""
-    seen = positions >= 0
-    return seen if window is None else seen & (positions > lengths[:, None] - window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +136,34 @@ class Programs:
         default_factory=lambda: Program(choose_again, static=("method", "config", "align"))
     )
 
+    def scores(
+        self,
+        params: Params,
+        i: int,
+        statistic: Any,
+        entries: LayerEntries,
+        method: KvMethod,
+        config: ModelConfig,
+    ) -> jax.Array:
+        """Scores [B, K, S] of layer i; layers that differ only in their FFN share a program."""
+        layer = dataclasses.replace(config.layers[i], mlp_dim=1)
+        weights = params[f"layer_{i}"]["attn"]
+        return self.score(weights, statistic, entries, method=method.unbudgeted, layer=layer)
+
+    def moved(
+        self,
+        entries: Iterable[LayerEntries],
+        places: tuple[Keep, jax.Array, jax.Array],
+        kept: kv.Kept,
+    ) -> kv.Kept:
+        """The empty pool `kept` filled with what stays of each layer, taken one after the other."""
+        keep, starts, lengths = places
+        pooled, positions = kept.entries, kept.positions
+        for i, layer in enumerate(entries):
+            arrays = (layer.k, layer.v, layer.positions, keep[i], starts[i], lengths[i])
+            pooled, positions = self.fill(pooled, positions, *arrays)
+        return kv.Kept(pooled, positions, starts, lengths)
+
     def all(self) -> tuple[Program, ...]:
         """Every program."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -163,13 +185,13 @@ def evict(
     budgets, totals = counts(asked.method, asked.config, asked.lengths)
     scored = [i for i, takes_part in enumerate(budgeted(asked.config)) if takes_part]
     scores = tuple(
-        programs.score(
-            params[f"layer_{i}"]["attn"],
+        programs.scores(
+            params,
+            i,
             seen[i],
             LayerEntries(layers[i].k, layers[i].v, positions),
-            method=asked.method.unbudgeted,
-            # Widths of the FFN do not matter here: layers that differ only there share a program.
-            layer=dataclasses.replace(asked.config.layers[i], mlp_dim=1),
+            asked.method,
+            asked.config,
         )
         for i in scored
     )
@@ -184,24 +206,24 @@ def evict(
     )
     del scores
     check_finite(scored, np.asarray(finite))
-    entries, held = empty_pool(totals, starts, asked.align, layers[0].k)
-    for i in range(len(layers)):
-        layer = layers.pop(0)
-        arrays = (layer.k, layer.v, positions, keep[i], starts[i], lengths[i])
-        entries, held = programs.fill(entries, held, *arrays)
-    return kv.Kept(entries, held, starts, lengths)
+    kept = empty_pool(totals, starts, asked.align, layers[0].k)
+
+    def leaving() -> Iterator[LayerEntries]:
+        while layers:
+            layer = layers.pop(0)
+            yield LayerEntries(layer.k, layer.v, positions)
+
+    return programs.moved(leaving(), (keep, starts, lengths), kept)
 
 
-def empty_pool(
-    totals: Sequence[int], starts: jax.Array, align: int, like: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Entries and positions of a pool for so many entries a row, of keys `like` [..., H]."""
+def empty_pool(totals: Sequence[int], starts: jax.Array, align: int, like: jax.Array) -> kv.Kept:
+    """A pool for so many entries a row, of keys `like` [..., H], with nothing in it."""
     rows = pool.capacity(sum(totals) + (align - 1) * starts.size, align)
-    kept = pool.empty(like.shape[-1], starts.shape, rows, like.dtype)
-    return kept.entries, kept.positions
+    return pool.empty(like.shape[-1], starts.shape, rows, like.dtype)
 
 
 def check_finite(scored: list[int], finite: np.ndarray) -> None:
+    """Raise ValueError naming the layers whose scores are not finite."""
     bad = [i for i, good in zip(scored, finite.tolist(), strict=True) if not good]
     if bad:
         raise ValueError(

@@ -208,6 +208,15 @@ def seen_later(window: int | None, length: int) -> int:
     return length if window is None else min(length, window - 1)
 
 
+def still_seen(positions: jax.Array, lengths: jax.Array, window: int | None) -> jax.Array:
+    """Entries [B, S] or [B, K, S] that tokens after `lengths` [B] can still see under a window."""
+    seen = positions >= 0
+    if window is None:
+        return seen
+    ends = lengths.reshape(-1, *(1,) * (positions.ndim - 1))
+    return seen & (positions > ends - window)
+
+
 def counts(
     method: KvMethod, config: ModelConfig, lengths: Sequence[int]
 ) -> tuple[list[int], list[int]]:
@@ -235,4 +244,5 @@ __all__ = [
     "last_queries",
     "reach",
     "seen_later",
+    "still_seen",
 ]

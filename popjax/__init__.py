@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Tova,
         kv_method_named,
     )
+    from popjax.exporting import calibrated_partition, statically_pruned
     from popjax.methods import (
         METHODS,
         Frozen,
@@ -73,10 +74,12 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "Tova",
+    "calibrated_partition",
     "channel_budget",
     "kv_method_named",
     "load",
     "method_named",
+    "statically_pruned",
 ]
 
 _HOMES = {
@@ -98,6 +101,7 @@ _HOMES = {
         "Tova",
         "kv_method_named",
     ),
+    "exporting": ("calibrated_partition", "statically_pruned"),
     "model": ("Generation", "LanguageModel", "load"),
     "report": ("Report",),
     "sampling": ("SamplingConfig",),

@@ -278,19 +278,30 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
             "no prompt was given: write one after the command, use --prompt-file, or pipe one in",
             param_hint="PROMPT",
         )
-    if file is None or str(file) == "-":
-        what, data = "standard input", sys.stdin.buffer.read()
-    elif file.is_file():
-        what, data = str(file), file.read_bytes()
-    else:
-        raise typer.BadParameter(f"there is no file {file}", param_hint="--prompt-file")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{what} is not UTF-8 at byte {error.start}: convert it") from error
+    text = read_text(file, "--prompt-file")
     text = text.removesuffix("\n").removesuffix("\r")
     if not text:
         raise typer.BadParameter(
-            f"no prompt was given, and {what} is empty: write one", param_hint="PROMPT"
+            f"no prompt was given, and {_named(file)} is empty: write one", param_hint="PROMPT"
         )
     return text
+
+
+def read_text(file: Path | None, option: str) -> str:
+    """The UTF-8 text of a file that `option` named, or of standard input for None and "-"."""
+    if file is None or str(file) == "-":
+        data = sys.stdin.buffer.read()
+    elif file.is_file():
+        data = file.read_bytes()
+    else:
+        raise typer.BadParameter(f"there is no file {file}", param_hint=option)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{_named(file)} is not UTF-8 at byte {error.start}: convert it"
+        ) from error
+
+
+def _named(file: Path | None) -> str:
+    return "standard input" if file is None or str(file) == "-" else str(file)

@@ -76,13 +76,17 @@ def permuted(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A Hugging Face `model_type`: how its config.json reads and how its tensors are named."""
+    """A Hugging Face `model_type`: how its config.json reads and how its tensors are named.
+
+    width_key: the key of config.json that states the number of FFN channels.
+    """
 
     model_type: str
     config: Callable[[dict[str, Any]], ModelConfig]
     hf_rows: tuple[Row, ...]
     gguf_rows: tuple[Row, ...]
     gguf_architecture: str
+    width_key: str = "intermediate_size"
 
 
 def required(raw: dict[str, Any], key: str, limit: str) -> int:

@@ -1,0 +1,74 @@
+"""`popjax export`: a statically pruned model as a Hugging Face folder that other tools load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from popjax.cli import options
+from popjax.cli.terminal import Status, command, say
+
+if TYPE_CHECKING:
+    from popjax.model import LanguageModel
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Where to write; new, or an empty folder.")
+]
+Text = Annotated[
+    Path, typer.Option("--text", help="Text that decides which channels stay, as UTF-8.")
+]
+MethodName = Annotated[
+    str,
+    typer.Option("--method", help="frozen or griffin: how channels are ranked on the text."),
+]
+Ratio = Annotated[float, typer.Option(help="Share of FFN channels to remove, 0 to 1.")]
+Samples = Annotated[int, typer.Option(min=1, help="How many windows of the text are read.")]
+Window = Annotated[int, typer.Option(min=1, help="Tokens of each window.")]
+
+
+@command
+def export(
+    folder: Folder,
+    text: Text,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    method: MethodName = "frozen",
+    ratio: Ratio = options.DEFAULT_RATIO,
+    samples: Samples = 16,
+    window: Window = 512,
+) -> None:
+    """Remove FFN channels for good, and save what is left as an ordinary checkpoint.
+
+    Unlike the other commands, which decide anew for every prompt, this decides once, from --text.
+    """
+    chosen = options.chosen_method(method, ratio=ratio)
+    words = options.read_text(text, "--text")
+    if not words.strip():
+        raise typer.BadParameter(f"{text} holds no text", param_hint="--text")
+    loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    with Status() as status:
+        status.say("Ranking channels")
+        from popjax.exporting import calibrated_partition, statically_pruned
+
+        windows = windows_of(loaded, words, samples, window)
+        narrow = statically_pruned(loaded, calibrated_partition(loaded, windows, chosen))
+        status.say(f"Writing {folder}")
+        narrow.save(str(folder))
+    before, after = (m.config.layers[0].mlp_dim for m in (loaded, narrow))
+    say(f"popjax: wrote {folder}, with {after} of {before} FFN channels in every layer")
+
+
+def windows_of(model: LanguageModel, words: str, samples: int, window: int) -> list[list[int]]:
+    """At most `samples` windows of `window` tokens, evenly spread over the text."""
+    window = min(window, model.config.max_positions - 1)
+    tokens = model.encode(words)[0]
+    starts = range(0, max(len(tokens) - window, 0) + 1, window)
+    step = max(len(starts) // samples, 1)
+    return [tokens[start : start + window] for start in starts[::step][:samples]]
+
+
+__all__ = ["export"]

@@ -1,0 +1,70 @@
+"""Static pruning: what is written is the model that the partition describes, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import popjax
+from popjax import Frozen, LanguageModel, OnlinePruning
+from popjax.continuation import continuation_logits
+from popjax.exporting import calibrated_partition, statically_pruned
+from popjax.methods import Method
+from popjax.sparsity import ChannelPartition
+from tests.popjax.tiny_models import PROMPTS, logit_tolerance
+
+FULL = np.arange(48, dtype=np.int32)
+
+
+def test_it_decodes_as_the_full_model_masked(tiny_model: LanguageModel) -> None:
+    partition = calibrated_partition(tiny_model, PROMPTS, Frozen(0.5))
+    narrow = statically_pruned(tiny_model, partition)
+    assert {layer.mlp_dim for layer in narrow.config.layers} == {24}
+    given = ([PROMPTS[0]], [PROMPTS[1][:6]])
+    want = continuation_logits(
+        tiny_model.params, tiny_model.config, Frozen(0.5), *given, partition=partition
+    )
+    found = continuation_logits(narrow.params, narrow.config, Method(), *given)
+    tolerance = logit_tolerance(tiny_model.config, np.asarray(want))
+    # What padding leaves in the last columns is no continuation.
+    np.testing.assert_allclose(found[:, :6], want[:, :6], rtol=0, atol=tolerance)
+    dense = continuation_logits(tiny_model.params, tiny_model.config, Method(), *given)
+    assert np.max(np.abs(np.asarray(dense - want)[:, :6])) > 100 * tolerance
+
+
+def test_what_is_saved_loads_as_narrow(tiny_model: LanguageModel, tmp_path: Path) -> None:
+    narrow = statically_pruned(tiny_model, calibrated_partition(tiny_model, PROMPTS, Frozen(0.25)))
+    narrow.save(str(tmp_path / "narrow"))
+    assert json.loads((tmp_path / "narrow/config.json").read_text())["intermediate_size"] == 36
+    loaded = popjax.load(str(tmp_path / "narrow"))
+    assert loaded.config == narrow.config
+    for name in ("gate", "up", "down"):
+        kept = np.asarray(narrow.params["layer_1"]["mlp"][name])
+        np.testing.assert_array_equal(loaded.params["layer_1"]["mlp"][name], kept)
+
+
+def test_all_channels_give_the_model_itself(tiny_model: LanguageModel) -> None:
+    whole = ChannelPartition(FULL, FULL[:0])
+    same = statically_pruned(tiny_model, (whole, whole))
+    np.testing.assert_array_equal(
+        same.params["layer_0"]["mlp"]["down"], tiny_model.params["layer_0"]["mlp"]["down"]
+    )
+
+
+def test_a_choice_at_every_step_is_refused(tiny_model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="candidates to be chosen at every step"):
+        calibrated_partition(tiny_model, PROMPTS, OnlinePruning(0.5))
+
+
+def test_dense_is_refused(tiny_model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="prunes no FFN channels"):
+        calibrated_partition(tiny_model, PROMPTS, Method())
+
+
+def test_unequal_widths_are_refused(tiny_model: LanguageModel) -> None:
+    parts = tuple(ChannelPartition(FULL[:n], FULL[:0]) for n in (20, 30))
+    with pytest.raises(ValueError, match="20 to 30 channels"):
+        statically_pruned(tiny_model, parts)

@@ -120,7 +120,7 @@ def memory_need(
         budget = channel_budget(layer.mlp_dim, ratio, gamma / 2)
         evaluated = budget.retained + budget.candidate
         if ratio and evaluated < layer.mlp_dim:
-            packed += 3 * evaluated * config.embed_dim * itemsize
+            packed += evaluated * config.channel_size * itemsize
     return MemoryNeed(
         weights=axes.parameter_count(config) * itemsize,
         packed=packed,
@@ -207,7 +207,7 @@ def family_facts() -> list[dict[str, Any]]:
     """What each family covers, from its own file: its description, names, and extra parameters."""
     facts = []
     for name, family in FAMILIES.items():
-        targets = {row.target.rsplit("/", 1)[-1] for row in family.hf_rows}
+        targets = {path.rsplit("/", 1)[-1] for row in family.hf_rows for path in row.targets}
         extras = {"q_bias": "q/k/v biases", "o_bias": "o bias", "q_norm": "q/k norms"}
         module = sys.modules[family.config.__module__]
         facts.append(

@@ -137,12 +137,15 @@ def test_layer_types_must_cover_the_layers() -> None:
 @pytest.mark.parametrize("form", ["hf_rows", "gguf_rows"])
 def test_every_parameter_has_one_name_in_a_file(family: str, form: str) -> None:
     config = tiny(family)
+    rows = getattr(FAMILIES[config.family], form)
+    if not rows:
+        assert FAMILIES[config.family].gguf_architecture is None
+        return
     for path in axes.parameter_paths(dataclasses.replace(config, tie_embeddings=False)):
-        rows = getattr(FAMILIES[config.family], form)
         names = [name for row in rows if (name := row.to_source(path)) is not None]
         assert len(names) == 1, path
-        targets = [target for row in rows if (target := row.to_target(names[0])) is not None]
-        assert targets == [path]
+        targets = [paths for row in rows if (paths := row.to_targets(names[0])) is not None]
+        assert len(targets) == 1 and path in targets[0]
 
 
 def gguf_metadata(arch: str, **entries: Any) -> dict[str, Any]:

@@ -23,7 +23,14 @@ from popjax.families import FAMILIES
 from popjax.loading import Source
 from popjax.sparsity import channel_budget
 
-_GROUPS = {"embed": "embedding", "head": "output head", "attn": "attention", "mlp": "FFN"}
+_GROUPS = {
+    "embed": "embedding",
+    "positions": "embedding",
+    "head": "output head",
+    "attn": "attention",
+    "mlp": "FFN",
+    "mlp_bias": "FFN",
+}
 _LAYER = re.compile(r"layer_\d+/")
 # What a container may use at most: a number of bytes, or "max".
 _CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"
@@ -208,7 +215,13 @@ def family_facts() -> list[dict[str, Any]]:
     facts = []
     for name, family in FAMILIES.items():
         targets = {path.rsplit("/", 1)[-1] for row in family.hf_rows for path in row.targets}
-        extras = {"q_bias": "q/k/v biases", "o_bias": "o bias", "q_norm": "q/k norms"}
+        extras = {
+            "q_bias": "q/k/v biases",
+            "o_bias": "o bias",
+            "q_norm": "q/k norms",
+            "q_all_norm": "q/k norms over all heads",
+            "up_bias": "FFN biases",
+        }
         module = sys.modules[family.config.__module__]
         facts.append(
             {

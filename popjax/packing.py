@@ -32,9 +32,10 @@ def pack(
 ) -> tuple[Params, ModelConfig, Partitions]:
     """Parameters whose FFN rows are only [R | C], the config they fit, and partitions into them.
 
-    Copies the FFN's rows [R+C, D] (and biases of up) once per prompt; all other arrays are shared, and a layer
-    that evaluates every channel keeps its weights. The full weights stay held by their owner. On a
-    mesh every device packs its own rows, at the places in its shard that the partitions name.
+    Copies the FFN's rows [R+C, D], and biases of up, once per prompt; all other arrays are shared,
+    and a layer that evaluates every channel keeps its weights. The full weights stay held by their
+    owner. On a mesh every device packs its own rows, at the places in its shard that the partitions
+    name.
     Without `copy` nothing is copied: decode steps fetch the rows from the full weights by index.
     """
     if not copy:

@@ -173,11 +173,12 @@ def _families_view(facts: dict[str, Any]) -> RenderableType:
     rows = []
     for family in facts["families"]:
         extras = ", ".join(family["extras"]) or "none"
+        arch = family["gguf_architecture"]
         rows.append(
             (
                 family["family"],
                 f"{family['about']}\n"
-                f"safetensors, GGUF ({family['gguf_architecture']}); parameters beyond the plain "
+                f"safetensors{f', GGUF ({arch})' if arch else ''}; parameters beyond the plain "
                 f"decoder: {extras}",
             )
         )

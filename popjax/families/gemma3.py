@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from popjax.config import ModelConfig
+from popjax.config import ModelConfig, RopeConfig
 from popjax.families.family import (
     GGUF_QK_NORM_ROWS,
     HF_QK_NORM_ROWS,
@@ -40,17 +40,17 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _ropes(raw: dict[str, Any]) -> tuple[Any, Any]:
+def _ropes(raw: dict[str, Any]) -> tuple[RopeConfig, RopeConfig]:
     """Rotation of the layers that see all, and of those with a window."""
-    kinds, values = ("full_attention", "sliding_attention"), rope_values(raw)
-    if not any(kind in values for kind in kinds):
-        # Older files: one base each, and a scaling that only the layers that see all have.
-        bases = ("rope_theta", 1e6, values), ("rope_local_base_freq", 1e4, {})
-    else:
-        bases = tuple(("", base, values.get(kind) or {}) for kind, base in zip(kinds, (1e6, 1e4)))
+    values = rope_values(raw)
+    nested = [values.get(kind) for kind in ("full_attention", "sliding_attention")]
+    if not any(nested):
+        # Older files: a base each, and a scaling that only the layers that see all have.
+        nested = [values, None]
+    pairs = (("rope_theta", 1e6), ("rope_local_base_freq", 1e4))
     made = [
         rope_config({"rope_theta": raw.get(key, base), "rope_parameters": scaling})
-        for key, base, scaling in bases
+        for (key, base), scaling in zip(pairs, nested, strict=True)
     ]
     return made[0], made[1]
 

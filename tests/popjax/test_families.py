@@ -82,9 +82,9 @@ def test_qwen_switches() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model_type": "lama"}, "'lama' is not supported: .*qwen3; the nearest is 'llama'"),
+        ({"model_type": "lama"}, "'lama' is not supported: .*gpt_neox; the nearest is 'llama'"),
         ({"model_type": "mixtral"}, "the nearest is 'mistral'"),
-        ({"model_type": "zzz"}, "popjax runs llama, mistral, qwen2, qwen3$"),
+        ({"model_type": "zzz"}, "popjax runs llama, mistral, .*, opt, gpt_neox$"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_size": 10**9}, "embed_dim 1000000000 .* outside 1..131072"),
         ({"num_hidden_layers": 10**9}, "num_layers 1000000000 .* outside 1..1024"),

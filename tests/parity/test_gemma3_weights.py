@@ -37,7 +37,8 @@ TEXTS = (
     "A lighthouse is easier to describe than to keep. From the sea it is a single point of light, "
     "and sailors learn its rhythm before they learn its name.",
     "x = [i ** 2 for i in range(12)]  # squares\n\tprint(x)\n",
-    "na\u00efve \u65e5\u672c\u8a9e \U0001f642  two  spaces, 1234567 <b>bold</b> \u2581",
+    # Not the letter U+2581, which the reference takes for a space and llama.cpp does not.
+    "na\u00efve \u65e5\u672c\u8a9e \U0001f642  two  spaces, 1234567 <b>bold</b>   \u00e6",
 )
 
 

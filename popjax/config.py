@@ -38,8 +38,9 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def check_positive(name: str, value: object) -> None:
     """Raise ValueError unless `value` is None or a positive finite number."""
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (known and 0 < value < math.inf):
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(
             f"{name} {value!r} in the model config is not a positive number: repair it"
         )

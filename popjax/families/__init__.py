@@ -35,7 +35,7 @@ def family_of(model_type: object) -> Family:
     """The family of a `model_type`. Raises ValueError with the supported ones and the nearest."""
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    if model_type in _REFUSED:
+    if isinstance(model_type, str) and model_type in _REFUSED:
         raise ValueError(f"model_type {model_type!r} is not supported: it {_REFUSED[model_type]}")
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.4)
     hint = f"; the nearest is {near[0]!r}" if near else ""

@@ -114,7 +114,8 @@ def test_logits_and_the_text_that_follows(model: LanguageModel, torch_model: Any
 
     def forward(params: Any) -> jax.Array:
         given = (inputs, cache, None, True)
-        return transformer.apply({"params": params}, *given, method="prefill").logits
+        out: Any = transformer.apply({"params": params}, *given, method="prefill")
+        return out.logits
 
     found = np.asarray(jax.jit(forward)(model.params))[0]
     assert np.abs(found - wanted).max() < 1e-3

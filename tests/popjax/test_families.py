@@ -267,7 +267,7 @@ def test_gguf_rotary_divisors_give_back_the_llama3_scaling(factor: float) -> Non
     divisors = rope_frequencies(RopeConfig(500_000.0), 128) / rope_frequencies(rope, 128)
     metadata = gguf_metadata("llama", **{"rope.freq_base": 500_000.0, "attention.key_length": 128})
     read = model_config(hf_config(metadata, [], divisors)).layers[0].rope
-    assert dataclasses.replace(read, factor=factor) == rope
+    assert read is not None and dataclasses.replace(read, factor=factor) == rope
     assert read.factor == pytest.approx(factor, rel=1e-6)
 
 

@@ -18,7 +18,8 @@ def close(found: object, wanted: np.ndarray, terms: int) -> None:
 
 def test_layer_norm() -> None:
     x, scale, bias = (RNG.standard_normal(shape) for shape in ((2, 3, 40), (40,), (40,)))
-    out = ops.layer_norm(*(jnp.asarray(a, jnp.float32) for a in (x + 5, scale, bias)), 1e-5)
+    shifted, *weights = (jnp.asarray(a, jnp.float32) for a in (x + 5, scale, bias))
+    out = ops.layer_norm(shifted, weights[0], weights[1], 1e-5)
     centred = x - x.mean(-1, keepdims=True)
     close(out, centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias, 40 * 25)
 
@@ -60,8 +61,9 @@ def test_frequencies_divided_each_by_its_factor() -> None:
 def test_scores_of_attention_are_capped(softcap: float) -> None:
     q, k, v = (RNG.standard_normal((1, 6, 2, 8)) for _ in range(3))
     mask = np.tril(np.ones((1, 6, 6), bool))
-    arrays = (jnp.asarray(a, jnp.float32) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
-    out = ops.attention(*arrays, jnp.asarray(mask), softcap)
+    queries, *entries = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
+    keys, values = (a.swapaxes(1, 2) for a in entries)
+    out = ops.attention(queries, keys, values, jnp.asarray(mask), softcap)
     scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8)
     powers = np.exp(softcap * np.tanh(scores / softcap)) * mask[:, None]
     weights = powers / powers.sum(-1, keepdims=True)

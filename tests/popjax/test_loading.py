@@ -157,6 +157,7 @@ def write_gguf(path: Path, family: str, params: dict[str, Any]) -> None:
     """The tiny model of a family as a GGUF file, rotary pairs interleaved where GGUF does so."""
     config, layer = CONFIGS[family], CONFIGS[family].layers[0]
     arch = FAMILIES[config.family].gguf_architecture
+    assert arch is not None
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(1)
     writer.add_context_length(config.max_positions)

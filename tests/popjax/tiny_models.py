@@ -41,9 +41,11 @@ TILED = ModelConfig("llama", 96, 1024, (_TILED_LAYER, _TILED_LAYER), max_positio
 
 def tiny(family: str, vocab_size: int = VOCAB) -> ModelConfig:
     """A two-layer config of a family, or of "llama3" for llama with scaled rotation."""
-    layer, fields = LAYER, {}
+    layer = LAYER
+    fields: dict[str, Any] = {}
     if family == "llama3":
-        layer, fields = dataclasses.replace(LAYER, rope=LLAMA3_ROPE), {"tie_embeddings": True}
+        layer = dataclasses.replace(LAYER, rope=LLAMA3_ROPE)
+        fields = {"tie_embeddings": True}
     elif family == "mistral":
         layer = dataclasses.replace(LAYER, window=WINDOW)
     elif family == "qwen2":

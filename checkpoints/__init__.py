@@ -11,6 +11,7 @@ from checkpoints.bundle import load_bundle, save_bundle
 from checkpoints.digest import sha256
 from checkpoints.engine import Row, convert, nested
 from checkpoints.errors import CheckpointError
+from checkpoints.fused import FUSIONS, Fusion
 from checkpoints.gguf_files import GgufSource, open_gguf
 from checkpoints.hub import fetch_folder
 from checkpoints.json_files import read_json_object
@@ -20,8 +21,10 @@ from checkpoints.source import TensorInfo, TensorSource
 from checkpoints.transforms import TRANSFORMS, Transform
 
 __all__ = [
+    "FUSIONS",
     "TRANSFORMS",
     "CheckpointError",
+    "Fusion",
     "GgufSource",
     "Row",
     "TensorInfo",

@@ -7,7 +7,7 @@ Leaves out models and files: rows and expected shapes come from the caller, tens
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import numpy as np
 
 from checkpoints import buffers
 from checkpoints.errors import CheckpointError, few
+from checkpoints.fused import FUSIONS
 from checkpoints.source import PLAIN_FLOATS, QUANTISED, TensorSource
 from checkpoints.transforms import TRANSFORMS
 
@@ -35,36 +36,62 @@ class HasShape(Protocol):
 class Row:
     """One line of a converter table: `source` "layers.{i}.q.weight" -> `target` "layer_{i}/q".
 
-    A `{letter}` stands for a whole number. `transform` names an entry of `TRANSFORMS`.
-    `ValueError` for an unknown transform or placeholders that differ.
+    A `{letter}` stands for a whole number. `transform` names an entry of `TRANSFORMS`, or of
+    `FUSIONS` where a tuple of targets lies in one tensor. `ValueError` for an unknown transform or
+    placeholders that differ.
     """
 
     source: str
-    target: str
+    target: str | tuple[str, ...]
     transform: str
 
     def __post_init__(self) -> None:
-        if self.transform not in TRANSFORMS:
-            raise ValueError(f"unknown transform {self.transform!r}: use one of {list(TRANSFORMS)}")
-        sides = [sorted(_PLACEHOLDER.findall(side)) for side in (self.source, self.target)]
-        if sides[0] != sides[1] or len(set(sides[0])) != len(sides[0]):
+        known = TRANSFORMS if isinstance(self.target, str) else FUSIONS
+        if self.transform not in known:
+            raise ValueError(f"unknown transform {self.transform!r}: use one of {list(known)}")
+        sides = [sorted(_PLACEHOLDER.findall(side)) for side in (self.source, *self.targets)]
+        if any(side != sides[0] for side in sides) or len(set(sides[0])) != len(sides[0]):
             raise ValueError(f"{self.source!r} and {self.target!r} must have the same placeholders")
 
-    def to_target(self, name: str) -> str | None:
-        """The target path of a source name, `None` if this row does not match it."""
-        return _rename(self._source_pattern, self.target, name)
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+    def to_targets(self, name: str) -> tuple[str, ...] | None:
+        """The target paths of a source name, `None` if this row does not match it."""
+        found = [_rename(self._source_pattern, target, name) for target in self.targets]
+        return tuple(path for path in found if path is not None) or None
 
     def to_source(self, path: str) -> str | None:
         """The source name of a target path, `None` if this row does not match it."""
-        return _rename(self._target_pattern, self.source, path)
+        found = (_rename(pattern, self.source, path) for pattern in self._target_patterns)
+        return next((name for name in found if name is not None), None)
 
     @cached_property
     def _source_pattern(self) -> re.Pattern[str]:
         return compile_pattern(self.source)
 
     @cached_property
-    def _target_pattern(self) -> re.Pattern[str]:
-        return compile_pattern(self.target)
+    def _target_patterns(self) -> tuple[re.Pattern[str], ...]:
+        return tuple(compile_pattern(target) for target in self.targets)
+
+    def source_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of the file's tensor, from those of the targets."""
+        if isinstance(self.target, str):
+            return TRANSFORMS[self.transform].source_shape(shapes[0])
+        return FUSIONS[self.transform].source_shape(shapes)
+
+    def forward(self, array: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """The targets' arrays, maybe views, of the file's tensor."""
+        if isinstance(self.target, str):
+            return [TRANSFORMS[self.transform].forward(array, shapes[0])]
+        return FUSIONS[self.transform].forward(array, shapes)
+
+    def inverse(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The file's tensor of the targets' arrays."""
+        if isinstance(self.target, str):
+            return TRANSFORMS[self.transform].inverse(arrays[0])
+        return FUSIONS[self.transform].inverse(arrays)
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -83,9 +110,9 @@ def _rename(pattern: re.Pattern[str], template: str, name: str) -> str | None:
 @dataclass(frozen=True)
 class _Job:
     source: str
-    target: str
-    transform: str
-    shape: tuple[int, ...]
+    row: Row
+    targets: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 def convert(
@@ -113,14 +140,14 @@ def convert(
     jobs = _plan(source, rows, expected, ignore)
     arena = _arena(jobs, wanted) if place is None else None
     for job in jobs:
-        array = _load(source, job, wanted, arena)
-        if check_tensors and (count := _count_non_finite(array)):
-            damaged.append(f"{job.source} ({count} of {array.size} values)")
-        # Not jnp.asarray, which makes one more copy.
-        placed = jax.device_put(array) if place is None else place(job.target, array)
-        # Transfers run in the background; without waiting, host copies would pile up.
-        flat[job.target] = jax.block_until_ready(placed)
-        del array, placed
+        for target, array in _load(source, job, wanted, arena):
+            if check_tensors and (count := _count_non_finite(array)):
+                damaged.append(f"{job.source} ({count} of {array.size} values)")
+            # Not jnp.asarray, which makes one more copy.
+            placed = jax.device_put(array) if place is None else place(target, array)
+            # Transfers run in the background; without waiting, host copies would pile up.
+            flat[target] = jax.block_until_ready(placed)
+            del array, placed
     if damaged:
         raise CheckpointError(
             f"{source.location} has NaN or infinities in {few(damaged, 'tensor')}"
@@ -132,16 +159,20 @@ def _arena(jobs: Sequence[_Job], dtype: np.dtype) -> buffers.Arena | None:
     """Where all weights will lie side by side; None where devices have memory of their own."""
     if jax.default_backend() != "cpu":
         return None
-    return buffers.Arena(jax.ShapeDtypeStruct(job.shape, dtype) for job in jobs)
+    shapes = (shape for job in jobs for shape in job.shapes)
+    return buffers.Arena(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
 
 def _load(
     source: TensorSource, job: _Job, dtype: np.dtype, arena: buffers.Arena | None
-) -> np.ndarray:
-    array = TRANSFORMS[job.transform].forward(source.read(job.source), job.shape)
+) -> Iterator[tuple[str, np.ndarray]]:
+    parts = job.row.forward(source.read(job.source), job.shapes)
     try:
-        with np.errstate(over="raise"):
-            return _contiguous(array, dtype, arena)
+        for target, part in zip(job.targets, parts, strict=True):
+            with np.errstate(over="raise"):
+                array = _contiguous(part, dtype, arena)
+            yield target, array
+            del array
     except FloatingPointError as error:
         raise CheckpointError(
             f"{source.location}: tensor {job.source!r} has values beyond the range of {dtype}: "
@@ -175,19 +206,19 @@ def _plan(
     for name in source.names():
         if any(pattern.fullmatch(name) for pattern in ignored):
             continue
-        matches = [(row, target) for row in rows if (target := row.to_target(name)) is not None]
+        matches = [(row, paths) for row in rows if (paths := row.to_targets(name)) is not None]
         if len(matches) > 1:
             ambiguous.append(f"{name} (rows {', '.join(row.source for row, _ in matches)})")
-        elif not matches or matches[0][1] not in expected:
+        elif not matches or not all(path in expected for path in matches[0][1]):
             extra.append(name)
         else:
-            row, target = matches[0]
-            jobs.append(_Job(name, target, row.transform, tuple(expected[target].shape)))
+            row, paths = matches[0]
+            jobs.append(_Job(name, row, paths, tuple(tuple(expected[p].shape) for p in paths)))
     for job in jobs:
         info = source.info(job.source)
         if info.dtype not in PLAIN_FLOATS + QUANTISED:
             dtypes.append(f"{job.source} ({info.dtype})")
-        wanted = TRANSFORMS[job.transform].source_shape(job.shape)
+        wanted = job.row.source_shape(job.shapes)
         if info.shape != wanted:
             shapes.append(f"{job.source} (found {info.shape}, expected {wanted})")
     _refuse(
@@ -205,14 +236,15 @@ def _plan(
 
 
 def _doubled(jobs: Sequence[_Job]) -> list[str]:
-    counts = Counter(job.target for job in jobs)
-    return [f"{job.source} -> {job.target}" for job in jobs if counts[job.target] > 1]
+    pairs = [(job.source, target) for job in jobs for target in job.targets]
+    counts = Counter(target for _, target in pairs)
+    return [f"{source} -> {target}" for source, target in pairs if counts[target] > 1]
 
 
 def _absent(
     jobs: Sequence[_Job], rows: Sequence[Row], expected: Mapping[str, HasShape]
 ) -> list[str]:
-    present = {job.target for job in jobs}
+    present = {target for job in jobs for target in job.targets}
     absent = []
     for path in expected:
         if path not in present:

@@ -17,29 +17,29 @@ from checkpoints.atomic import new_folder
 from checkpoints.engine import Row
 from checkpoints.errors import CheckpointError, few
 from checkpoints.folders import INDEX, SINGLE, is_plain_name
-from checkpoints.transforms import TRANSFORMS
 
 DEFAULT_SHARD_BYTES = 5 * 2**30
 
 
 def export(tree: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (source name, array) for every leaf of `tree`, in tree order, one at a time.
+    """Yields (source name, array) for the leaves of `tree`, in tree order, one at a time.
 
     Rows whose target the tree lacks are skipped. `CheckpointError`, before the first tensor, for
-    a path that no row or more than one row matches, or two paths with one name.
+    a path that no row or more than one row matches, two paths with one name, or a path whose file
+    tensor has others too that the tree lacks.
     """
     leaves = dict(_leaves(tree, ""))
     unmatched, ambiguous = [], []
-    found: dict[str, tuple[str, Row]] = {}
+    found: dict[str, tuple[tuple[str, ...], Row]] = {}
     for path in leaves:
         matches = [(name, row) for row in rows if (name := row.to_source(path)) is not None]
-        if not matches:
+        paths = (matches[0][1].to_targets(matches[0][0]) or ()) if matches else ()
+        if not matches or not all(each in leaves for each in paths):
             unmatched.append(path)
-        elif len(matches) > 1 or matches[0][0] in found:
+        elif len(matches) > 1 or found.get(matches[0][0], (paths,))[0] != paths:
             ambiguous.append(f"{path} -> {' or '.join(name for name, _ in matches)}")
         else:
-            name, row = matches[0]
-            found[name] = (path, row)
+            found[matches[0][0]] = (paths, matches[0][1])
     if unmatched:
         raise CheckpointError(f"no row exports {few(unmatched, 'parameter')}")
     if ambiguous:
@@ -48,13 +48,10 @@ def export(tree: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[tuple[str, 
 
 
 def _inverted(
-    leaves: Mapping[str, Any], found: Mapping[str, tuple[str, Row]]
+    leaves: Mapping[str, Any], found: Mapping[str, tuple[tuple[str, ...], Row]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for name, (path, row) in found.items():
-        yield (
-            name,
-            np.asarray(TRANSFORMS[row.transform].inverse(np.asarray(leaves[path])), order="C"),
-        )
+    for name, (paths, row) in found.items():
+        yield name, np.asarray(row.inverse([np.asarray(leaves[p]) for p in paths]), order="C")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """Named, invertible layout changes between a file's tensors and ours.
 
-The names say what happens from file to us. Leaves out arithmetic on values and everything about
-which tensor needs which: that is a row of a table (`engine.Row`).
+The names say what happens from file to us. Leaves out everything about which tensor needs which:
+that is a row of a table (`engine.Row`).
 """
 
 from collections.abc import Callable, Mapping
@@ -91,5 +91,7 @@ TRANSFORMS: Mapping[str, Transform] = MappingProxyType(
             _transpose_split_inverse,
         ),
         "unpermute_split": Transform(_unpermute_shape, _unpermute, _unpermute_inverse),
+        # A scale that a file holds as 1 + w. The only change of values, exact but for rounding.
+        "minus_one": Transform(_same_shape, lambda a, target: a - 1, lambda a: a + 1),
     }
 )

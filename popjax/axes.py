@@ -8,7 +8,7 @@ there is no catch-all.
     B batch            T query positions   S cache positions   D model width
     N query heads      K key/value heads   G queries per K     H head size
     F FFN channels     R retained          C candidate         V vocabulary      L layers
-    A gate width       Z sinks of a gate
+    A gate width       Z sinks of a gate  P rows of learned positions
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ from popjax.config import LayerConfig, ModelConfig
 PARAMETERS: dict[str, str] = {
     "embed/table": "VD",
     "head/table": "VD",
+    "positions/table": "PD",
     "final_norm/scale": "D",
+    "final_norm/bias": "D",
     "layer_{i}/attn_norm/scale": "D",
+    "layer_{i}/attn_norm/bias": "D",
+    "layer_{i}/attn_out_norm/scale": "D",
+    "layer_{i}/attn_out_norm/bias": "D",
     "layer_{i}/attn/q": "NHD",
     "layer_{i}/attn/k": "KHD",
     "layer_{i}/attn/v": "KHD",
@@ -38,6 +43,9 @@ PARAMETERS: dict[str, str] = {
     "layer_{i}/attn/o_bias": "D",
     "layer_{i}/attn/q_norm": "H",
     "layer_{i}/attn/k_norm": "H",
+    # Over all heads of a token at once.
+    "layer_{i}/attn/q_all_norm": "NH",
+    "layer_{i}/attn/k_all_norm": "KH",
     # Gates that score cache entries, trained for a model and no part of it: no model's own
     # parameters (`parameter_paths`) have them, `popjax.eviction.gates` adds them.
     "layer_{i}/attn/kv_gate/q": "KGAD",
@@ -48,11 +56,17 @@ PARAMETERS: dict[str, str] = {
     "layer_{i}/attn/kv_gate/sinks": "KZA",
     "layer_{i}/attn/kv_gate/bias": "KG",
     "layer_{i}/mlp_norm/scale": "D",
+    "layer_{i}/mlp_norm/bias": "D",
+    "layer_{i}/mlp_out_norm/scale": "D",
+    "layer_{i}/mlp_out_norm/bias": "D",
     # Channel-major on purpose: a channel is one contiguous row, so one gather packs a partition
     # and a pruned channel is bytes never read.
     "layer_{i}/mlp/gate": "FD",
     "layer_{i}/mlp/up": "FD",
     "layer_{i}/mlp/down": "FD",
+    # Of up: packed like its rows. That of down belongs to no channel, so it lies outside.
+    "layer_{i}/mlp/up_bias": "F",
+    "layer_{i}/mlp_bias": "D",
 }
 
 # Width of a gate's queries and keys, and its learned sink keys (arXiv 2601.17668: 16 and 16).
@@ -97,6 +111,7 @@ def letters(path: str) -> str:
 def sizes(config: ModelConfig, layer: LayerConfig | None = None) -> dict[str, int]:
     """Size of every letter, for the whole model or, with `layer`, inside that layer."""
     known = {"V": config.vocab_size, "D": config.embed_dim, "L": len(config.layers)}
+    known["P"] = config.max_positions + (config.position_offset or 0)
     if layer is not None:
         known |= {
             "N": layer.num_heads,
@@ -118,22 +133,40 @@ def shape(path: str, config: ModelConfig) -> tuple[int, ...]:
 
 
 def _layer_paths(config: ModelConfig, layer: LayerConfig) -> Iterator[str]:
-    yield from ("attn_norm/scale", "attn/q", "attn/k", "attn/v", "attn/o")
+    yield from _norm_paths(config, "attn")
+    yield from ("attn/q", "attn/k", "attn/v", "attn/o")
     if config.qkv_bias:
         yield from ("attn/q_bias", "attn/k_bias", "attn/v_bias")
     if config.o_bias:
         yield "attn/o_bias"
     if config.qk_norm:
-        yield from ("attn/q_norm", "attn/k_norm")
-    yield from ("mlp_norm/scale", "mlp/gate", "mlp/up", "mlp/down")
+        infix = "" if config.qk_norm_over == "head" else "all_"
+        yield from (f"attn/q_{infix}norm", f"attn/k_{infix}norm")
+    yield from _norm_paths(config, "mlp")
+    yield from ("mlp/gate", "mlp/up", "mlp/down") if config.gated else ("mlp/up", "mlp/down")
+    if config.mlp_bias:
+        yield from ("mlp/up_bias", "mlp_bias")
+
+
+def _norm_paths(config: ModelConfig, branch: str) -> Iterator[str]:
+    """Parameters of the norms around a branch, "attn" or "mlp", or of the "final" one."""
+    before = config.norm_place != "post" or branch == "final"
+    after = config.norm_place != "pre" and branch != "final"
+    for name, there in ((f"{branch}_norm", before), (f"{branch}_out_norm", after)):
+        if there:
+            yield f"{name}/scale"
+            if config.norm == "layer":
+                yield f"{name}/bias"
 
 
 def parameter_paths(config: ModelConfig) -> tuple[str, ...]:
     """Every parameter path that a model of this config holds, in order of use."""
     paths = ["embed/table"]
+    if config.position_offset is not None:
+        paths.append("positions/table")
     for i, layer in enumerate(config.layers):
         paths += [f"layer_{i}/{name}" for name in _layer_paths(config, layer)]
-    paths.append("final_norm/scale")
+    paths += _norm_paths(config, "final")
     if not config.tie_embeddings:
         paths.append("head/table")
     return tuple(paths)
@@ -178,6 +211,11 @@ def _axes_of(letter: str, rules: Rules, mesh_axes: Iterable[str] | None) -> tupl
     found = rules.get(letter, ())
     names = (found,) if isinstance(found, str) else found
     return tuple(name for name in names if mesh_axes is None or name in mesh_axes)
+
+
+def mesh_axes(letter: str, present: Iterable[str]) -> tuple[str, ...]:
+    """Of the mesh axes that are present, those that split a letter."""
+    return _axes_of(letter, TENSOR_PARALLEL, present)
 
 
 def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:

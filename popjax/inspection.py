@@ -23,7 +23,14 @@ from popjax.families import FAMILIES
 from popjax.loading import Source
 from popjax.sparsity import channel_budget
 
-_GROUPS = {"embed": "embedding", "head": "output head", "attn": "attention", "mlp": "FFN"}
+_GROUPS = {
+    "embed": "embedding",
+    "positions": "embedding",
+    "head": "output head",
+    "attn": "attention",
+    "mlp": "FFN",
+    "mlp_bias": "FFN",
+}
 _LAYER = re.compile(r"layer_\d+/")
 # What a container may use at most: a number of bytes, or "max".
 _CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"
@@ -120,7 +127,7 @@ def memory_need(
         budget = channel_budget(layer.mlp_dim, ratio, gamma / 2)
         evaluated = budget.retained + budget.candidate
         if ratio and evaluated < layer.mlp_dim:
-            packed += 3 * evaluated * config.embed_dim * itemsize
+            packed += evaluated * config.channel_size * itemsize
     return MemoryNeed(
         weights=axes.parameter_count(config) * itemsize,
         packed=packed,
@@ -207,8 +214,14 @@ def family_facts() -> list[dict[str, Any]]:
     """What each family covers, from its own file: its description, names, and extra parameters."""
     facts = []
     for name, family in FAMILIES.items():
-        targets = {row.target.rsplit("/", 1)[-1] for row in family.hf_rows}
-        extras = {"q_bias": "q/k/v biases", "o_bias": "o bias", "q_norm": "q/k norms"}
+        targets = {path.rsplit("/", 1)[-1] for row in family.hf_rows for path in row.targets}
+        extras = {
+            "q_bias": "q/k/v biases",
+            "o_bias": "o bias",
+            "q_norm": "q/k norms",
+            "q_all_norm": "q/k norms over all heads",
+            "up_bias": "FFN biases",
+        }
         module = sys.modules[family.config.__module__]
         facts.append(
             {

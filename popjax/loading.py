@@ -26,8 +26,14 @@ from popjax.sparsity import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Tensors that older files carry and that are computed or shared instead of stored.
-_IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", gguf_family.ROPE_FACTORS)
-_TIED = ("lm_head.weight", "output.weight")
+_IGNORED = (
+    "model.layers.{i}.self_attn.rotary_emb.inv_freq",
+    "gpt_neox.layers.{i}.attention.rotary_emb.inv_freq",
+    "gpt_neox.layers.{i}.attention.bias",
+    "gpt_neox.layers.{i}.attention.masked_bias",
+    gguf_family.ROPE_FACTORS,
+)
+_TIED = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 @dataclasses.dataclass(frozen=True)

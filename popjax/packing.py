@@ -32,9 +32,10 @@ def pack(
 ) -> tuple[Params, ModelConfig, Partitions]:
     """Parameters whose FFN rows are only [R | C], the config they fit, and partitions into them.
 
-    Copies gate, up and down rows [R+C, D] once per prompt; all other arrays are shared, and a layer
-    that evaluates every channel keeps its weights. The full weights stay held by their owner. On a
-    mesh every device packs its own rows, at the places in its shard that the partitions name.
+    Copies the FFN's rows [R+C, D], and biases of up, once per prompt; all other arrays are shared,
+    and a layer that evaluates every channel keeps its weights. The full weights stay held by their
+    owner. On a mesh every device packs its own rows, at the places in its shard that the partitions
+    name.
     Without `copy` nothing is copied: decode steps fetch the rows from the full weights by index.
     """
     if not copy:
@@ -145,7 +146,7 @@ def as_tiles(params: Params, config: ModelConfig) -> Params:
 
 def as_matrices(params: Params, config: ModelConfig) -> Params:
     """Inverse of `as_tiles`."""
-    return _reformed(params, config, lambda w: w.reshape(w.shape[0], -1))
+    return _reformed(params, config, lambda w: w.reshape(w.shape[0], -1) if w.ndim > 2 else w)
 
 
 def tiled_placer(place: Callable[[str, Any], jax.Array]) -> Callable[[str, Any], jax.Array]:

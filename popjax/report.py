@@ -111,14 +111,15 @@ def layer_reports(
     reports = []
     for i, layer in enumerate(config.layers):
         row = config.embed_dim * itemsize
-        dense = 3 * layer.mlp_dim * row
+        channel = config.channel_size * itemsize
+        dense = layer.mlp_dim * channel
         if partition is None:
             counts = (layer.mlp_dim, 0, layer.mlp_dim)
             reports.append(LayerReport(layer.mlp_dim, *counts, dense, dense))
             continue
         part = partition[i]
         down = part.active if only_chosen else part.evaluated
-        read = (2 * part.evaluated + down) * row
+        read = part.evaluated * (channel - row) + down * row
         counts = (part.num_retained, part.num_candidate, part.active)
         reports.append(LayerReport(layer.mlp_dim, *counts, dense, read))
     return tuple(reports)

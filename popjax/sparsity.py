@@ -98,7 +98,7 @@ def ffn_ratio(config: ModelConfig, model_ratio: float) -> float:
         2 * config.embed_dim * layer.head_dim * (layer.num_heads + layer.num_kv_heads)
         for layer in config.layers
     )
-    ffn = sum(3 * config.embed_dim * layer.mlp_dim for layer in config.layers)
+    ffn = sum(config.mlp_matrices * config.embed_dim * layer.mlp_dim for layer in config.layers)
     ratio = model_ratio * (attention + ffn) / ffn
     if ratio > 1:
         raise ValueError(

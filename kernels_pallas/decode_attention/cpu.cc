@@ -15,7 +15,7 @@ namespace {
 struct Shape {
   int64_t batch, heads, groups, slots, size;  // B, K, G, S, H
   int64_t window;                             // 0: none
-  float scale;
+  Scoring scoring;
   const int32_t* query_positions;  // [B]
   const int32_t* key_positions;    // [B, S]
 };
@@ -29,7 +29,7 @@ void attention(const Shape& shape, const W& keys, const W& values, const float* 
   const Queries queries(q, heads, shape.groups, size);
   const auto query_of = [&](int64_t head) {
     const int64_t position = shape.query_positions[head / shape.heads];
-    return queries.of(head, position, shape.window, {shape.scale, 0.0f});
+    return queries.of(head, position, shape.window, shape.scoring);
   };
   const auto work = [&](const Query& query, const Pieces::Piece& piece, Part part) {
     Slots<W> slots{keys, values, shape.key_positions + piece.head / shape.heads * shape.slots, 1};
@@ -43,7 +43,7 @@ void attention(const Shape& shape, const W& keys, const W& values, const float* 
 ffi::Error decode_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
                             ffi::AnyBuffer v, ffi::Buffer<ffi::S32> query_positions,
                             ffi::Buffer<ffi::S32> key_positions, ffi::Result<ffi::AnyBuffer> out,
-                            int64_t window, float scale) {
+                            int64_t window, float softcap, float scale) {
   if (!is_activation(q) || k.element_type() != v.element_type()) {
     return invalid("attention needs float32 or bfloat16 queries, and keys and values alike");
   }
@@ -59,7 +59,7 @@ ffi::Error decode_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuff
   Shape shape{};
   shape.batch = dim(q, 0), shape.heads = dim(k, 0) / shape.batch;
   shape.groups = dim(q, 1) / shape.heads, shape.slots = dim(k, 1), shape.size = dim(k, 2);
-  shape.window = window, shape.scale = scale;
+  shape.window = window, shape.scoring = {scale, softcap};
   shape.query_positions = query_positions.typed_data();
   shape.key_positions = key_positions.typed_data();
   const Activations in(q);
@@ -93,6 +93,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(popjax_decode_attention, decode_attention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("window")
+                                  .Attr<float>("softcap")
                                   .Attr<float>("scale"));
 
 }  // namespace popjax

@@ -42,6 +42,7 @@ def masked_mlp(
     selection: Selection | None = None,
     given: jax.Array | None = None,
     rows: jax.Array | None = None,
+    up_bias: jax.Array | None = None,
     implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask [B or 1, T, E] in use, None where every channel was on.
@@ -49,17 +50,22 @@ def masked_mlp(
     x [B, T, D]; gate, up, down [E, D], the evaluated channels; or [F, D/128, 128] of which `rows`
     [E] int32 are evaluated (all without it), fetched one by one on `pallas_tpu`. `selection`
     chooses for every token; a bool mask `given` [B or 1, T, E] replaces it. Without a gate, h is
-    act(x up^T). Raises ValueError for shapes, dtypes and counts that disagree and unknown names.
+    act(x up^T), or act(x up^T + up_bias), up_bias being [F] as the rows of up are. Raises
+    ValueError for shapes, dtypes and counts that disagree and unknown names.
     """
     options = {"activation": activation, "selection": selection, "given": given, "rows": rows}
     _check(x, (gate, up, down), options, implementation)
+    checks.check_bias(up_bias, gate, up)
+    if up_bias is not None and rows is not None:
+        up_bias = up_bias[rows]
     if implementation in PALLAS:
-        return listed.masked_mlp(x, gate, up, down, _access(implementation), **options)
+        access = _access(implementation)
+        return listed.masked_mlp(x, gate, up, down, access, up_bias=up_bias, **options)
     if up.ndim == 3:
         gate = None if gate is None else _evaluated(gate, rows)
         up, down = _evaluated(up, rows), _evaluated(down, rows)
     if gate is None:
-        h = ACTIVATIONS[activation](expand(x, up, _products(implementation)))
+        h = gated_channels(x, None, up, activation, up_bias, _products(implementation))
         mask = choose(h, selection) if given is None and selection is not None else given
         held = h if mask is None else jnp.where(mask, h, jnp.zeros((), h.dtype))
         return contract(held, down, _products(implementation)), mask

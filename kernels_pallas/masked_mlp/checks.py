@@ -44,6 +44,19 @@ def check_weights(x: jax.Array, weights: Weights, rows: jax.Array | None, activa
         )
 
 
+def check_bias(bias: jax.Array | None, gate: jax.Array | None, up: jax.Array) -> None:
+    """Raise ValueError unless the bias is [F] as up has rows, of a layer without a gate."""
+    if bias is None:
+        return
+    if gate is not None:
+        raise ValueError("masked_mlp takes up_bias without a gate only: leave one of them out")
+    if bias.shape != up.shape[:1]:
+        raise ValueError(
+            f"masked_mlp needs up_bias [F] with F = {up.shape[0]}, got {bias.shape}: give each "
+            "row of up one"
+        )
+
+
 def check_given(given: jax.Array, B: int, T: int, E: int) -> None:
     """Raise ValueError unless the mask is bool [B or 1, T, E]."""
     if given.dtype != bool or given.shape not in ((B, T, E), (1, T, E)):

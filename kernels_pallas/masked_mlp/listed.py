@@ -58,11 +58,12 @@ def masked_mlp(
     selection: Selection | None = None,
     given: jax.Array | None = None,
     rows: jax.Array | None = None,
+    up_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask [B or 1, T, E] in use, None where every channel was on.
 
     `rows` [E] names the evaluated channels of the matrices, which are all of them without it. No
-    gate: h = act(x up^T).
+    gate: h = act(x up^T), or act(x up^T + up_bias) with up_bias [E] of the evaluated channels.
     """
     B, T, D = x.shape
     layer = _Layer(B * T, T, up.shape[0], rows, access)
@@ -71,6 +72,8 @@ def masked_mlp(
 
     def channels(units: Units) -> jax.Array:
         first, *others = layer.expand(flat, matrices, units)
+        if up_bias is not None:
+            first = first + layer.at(up_bias.astype(first.dtype)[None, :], units)
         return act(first) * others[0] if others else act(first)
 
     def chosen(a: jax.Array, by: Selection) -> tuple[jax.Array, Units]:

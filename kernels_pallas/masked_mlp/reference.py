@@ -1,6 +1,7 @@
 """The mathematics of a feed-forward layer over channels, in plain jnp.
 
     h = act(x gate^T) * (x up^T)        evaluated channels        [..., F]
+    h = act(x up^T + up_bias)           those of a layer without a gate
     y = (h * m) down                    m: mask over channels     [..., D]
 
 Weights are channel-major [F, D]: a channel is one contiguous row of each.
@@ -23,9 +24,30 @@ ACTIVATIONS = {
 }
 
 
-def gated_channels(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
-    """h [..., F] = act(x gate^T) * (x up^T) of x [..., D] and gate, up [F, D]."""
-    return ACTIVATIONS[activation](expand(x, gate)) * expand(x, up)
+def gated_channels(
+    x: jax.Array,
+    gate: jax.Array | None,
+    up: jax.Array,
+    activation: str,
+    up_bias: jax.Array | None = None,
+    implementation: str = "xla",
+) -> jax.Array:
+    """h [..., F] = act(x gate^T) * (x up^T) of x [..., D] and gate, up [F, D].
+
+    Without a gate act(x up^T), or act(x up^T + up_bias) with up_bias [F]. `implementation`: that of
+    the products.
+    """
+    h = expand(x, up, implementation)
+    if gate is not None:
+        return ACTIVATIONS[activation](expand(x, gate, implementation)) * h
+    return ACTIVATIONS[activation](biased(h, up_bias))
+
+
+def biased(h: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """h [..., F] plus bias [F] in the dtype of h; h itself without one."""
+    if bias is None:
+        return h
+    return h + bias.astype(h.dtype).reshape((1,) * (h.ndim - 1) + bias.shape)
 
 
 def project(h: jax.Array, down: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -132,8 +132,11 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rope(rope: Any) -> str:
+    if rope is None:
+        return "none"
     scaled = "" if rope.kind == "default" else f", {rope.kind} scaling by {rope.factor:g}"
-    return f"theta {rope.theta:g}{scaled}"
+    share = "" if rope.share == 1 else f" on {rope.share:g} of a head"
+    return f"theta {rope.theta:g}{share}{scaled}"
 
 
 def _fit(config: ModelConfig, itemsize: int, ratio: float, context: int | None) -> dict[str, Any]:
@@ -170,11 +173,12 @@ def _families_view(facts: dict[str, Any]) -> RenderableType:
     rows = []
     for family in facts["families"]:
         extras = ", ".join(family["extras"]) or "none"
+        arch = family["gguf_architecture"]
         rows.append(
             (
                 family["family"],
                 f"{family['about']}\n"
-                f"safetensors, GGUF ({family['gguf_architecture']}); parameters beyond the plain "
+                f"safetensors{f', GGUF ({arch})' if arch else ''}; parameters beyond the plain "
                 f"decoder: {extras}",
             )
         )

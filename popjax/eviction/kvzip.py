@@ -28,7 +28,7 @@ from popjax.eviction.method import (
     check_whole,
 )
 from popjax.eviction.sinks import WithSinks
-from popjax.nn.ops import attention_mask
+from popjax.nn.ops import attention_mask, soft_capped
 from popjax.sparsity import Params
 
 SCOPES = ("global", "layer", "head")
@@ -155,7 +155,8 @@ class KVzip(WithSinks):
         keys = jnp.concatenate([_cut(acts.k, at, n, 1) for at, n, _ in parts], axis=2)
         places = jnp.concatenate([_cut(held, at, n, 0) for at, n, held in parts], axis=1)
         positions = (acts.query_positions, places)
-        found = strongest(acts.q, keys, *positions, layer.window, (self.sinks, self.sinks + P))
+        span = (self.sinks, self.sinks + P)
+        found = strongest(acts.q, keys, *positions, layer.window, span, layer.softcap)
         empty = jnp.zeros(acts.k.shape[:3], jnp.float32)
         return jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (0, at)))(
             empty, found, start
@@ -181,6 +182,7 @@ def strongest(
     key_positions: jax.Array,
     window: int | None,
     span: tuple[int, int],
+    softcap: float | None = None,
 ) -> jax.Array:
     """Largest weight [B, K, end - first] float32 that any query pays to keys first .. end - 1.
 
@@ -201,7 +203,8 @@ def strongest(
         scores = jnp.einsum(
             "BTKGH,BKSH->BKGTS", queries, k, precision=exact, preferred_element_type=jnp.float32
         )
-        scores = jnp.where(seen, scores * (H**-0.5), jnp.finfo(jnp.float32).min)
+        scores = soft_capped(scores * (H**-0.5), softcap)
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
         weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
         return jnp.maximum(best, jnp.max(weights[..., slice(*span)], axis=(2, 3)))
 

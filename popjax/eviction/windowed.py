@@ -64,7 +64,7 @@ def attended(
     columns and options: those of `kernels_pallas.kv_score.kv_score`.
     """
     q, positions = queries
-    options |= {"columns": columns, "window": layer.window}
+    options |= {"columns": columns, "window": layer.window, "softcap": layer.softcap}
     if entries.positions.ndim == 2:
         arrays = (q, entries.k, entries.v, positions, entries.positions)
         return kv_score(*arrays, **options)

@@ -6,11 +6,28 @@ import difflib
 from typing import Any
 
 from popjax.config import ModelConfig
-from popjax.families import llama, mistral, qwen2, qwen3
+from popjax.families import (
+    gemma2,
+    gemma3,
+    gpt_neox,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from popjax.families.family import Family
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
+_MODULES = (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, opt, gpt_neox)
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+# Near to a family, and yet not it.
+_REFUSED = {
+    "gemma3": "has a part that sees images; its text part alone is 'gemma3_text'",
+    "gemma": "has norms before each branch only; Gemma 2 and 3 are read",
+    "olmo": "has norms without parameters; OLMo 2 is read",
+    "phi": "has one norm for both branches of a layer; Phi 3 and 4 are read",
 }
 
 
@@ -18,6 +35,8 @@ def family_of(model_type: object) -> Family:
     """The family of a `model_type`. Raises ValueError with the supported ones and the nearest."""
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    if isinstance(model_type, str) and model_type in _REFUSED:
+        raise ValueError(f"model_type {model_type!r} is not supported: it {_REFUSED[model_type]}")
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.4)
     hint = f"; the nearest is {near[0]!r}" if near else ""
     raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from checkpoints import Row
@@ -65,6 +65,16 @@ GGUF_QK_NORM_ROWS = tuple(
 )
 
 
+def offset(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows with 1 taken from every norm's scale: GGUF stores 1 + w."""
+    return tuple(
+        dataclasses.replace(row, transform="minus_one")
+        if isinstance(row.target, str) and row.target.endswith(("/scale", "_norm"))
+        else row
+        for row in rows
+    )
+
+
 def permuted(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """The rows with q and k un-permuted: GGUF's llama stores rotary pairs interleaved."""
     rotary = tuple(f"layer_{{i}}/attn/{x}{part}" for x in "qk" for part in ("", "_bias"))
@@ -84,8 +94,8 @@ class Family:
     model_type: str
     config: Callable[[dict[str, Any]], ModelConfig]
     hf_rows: tuple[Row, ...]
-    gguf_rows: tuple[Row, ...]
-    gguf_architecture: str
+    gguf_rows: tuple[Row, ...] = ()
+    gguf_architecture: str | None = None
     width_key: str = "intermediate_size"
 
 
@@ -105,17 +115,29 @@ def positive(raw: dict[str, Any], key: str) -> float:
     return float(value)
 
 
-def rope_config(raw: dict[str, Any], default_theta: float = 10_000.0) -> RopeConfig:
-    """Rotary settings of a raw config. Raises ValueError for scalings that are not supported."""
+def optional(raw: dict[str, Any], key: str, default: float | None = None) -> float | None:
+    """A positive number, or None where config.json says null. Raises ValueError for another."""
+    return None if raw.get(key, default) is None else positive({key: default, **raw}, key)
+
+
+def rope_values(raw: dict[str, Any]) -> dict[str, Any]:
+    """The object of a raw config that holds rotary settings; empty where there is none."""
     values = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(values, dict):
         raise ValueError(f"rope scaling {values!r} in config.json is not an object: repair it")
+    return values
+
+
+def rope_config(raw: dict[str, Any], default_theta: float = 10_000.0) -> RopeConfig:
+    """Rotary settings of a raw config. Raises ValueError for scalings that are not supported."""
+    values = rope_values(raw)
     theta = positive({"rope_theta": default_theta, **raw, **values}, "rope_theta")
     kind = values.get("rope_type", values.get("type", "default"))
+    share = positive({"partial_rotary_factor": 1.0, **raw, **values}, "partial_rotary_factor")
     if kind == "default":
-        return RopeConfig(theta)
+        return RopeConfig(theta, share=share)
     if kind == "linear":
-        return RopeConfig(theta, kind, positive(values, "factor"))
+        return RopeConfig(theta, kind, positive(values, "factor"), share=share)
     if kind == "llama3":
         return RopeConfig(
             theta,
@@ -124,6 +146,7 @@ def rope_config(raw: dict[str, Any], default_theta: float = 10_000.0) -> RopeCon
             positive(values, "low_freq_factor"),
             positive(values, "high_freq_factor"),
             int(positive(values, "original_max_position_embeddings")),
+            share,
         )
     raise ValueError(
         f"rope scaling {kind!r} is not supported: popjax reads default, linear and llama3"
@@ -134,17 +157,20 @@ def decoder_config(
     raw: dict[str, Any],
     family: str,
     windows: Callable[[int], int | None] = lambda i: None,
+    ropes: Callable[[int], RopeConfig | None] | None = None,
+    softcap: float | None = None,
     **fields: Any,
 ) -> ModelConfig:
     """ModelConfig of a Llama-shaped raw config; `windows` gives each layer's sliding window.
 
-    `fields` override or add fields of ModelConfig. Raises ValueError naming the bad value.
+    `ropes` gives each layer's rotation where they differ, softcap is that of attention. `fields`
+    override or add fields of ModelConfig. Raises ValueError naming the bad value.
     """
     num_layers = required(raw, "num_hidden_layers", "num_layers")
     embed_dim = required(raw, "hidden_size", "embed_dim")
     num_heads = required(raw, "num_attention_heads", "num_heads")
     num_kv_heads, head_dim = raw.get("num_key_value_heads"), raw.get("head_dim")
-    rope = rope_config(raw)
+    rope = rope_config(raw) if ropes is None else None
     layers = tuple(
         LayerConfig(
             num_heads=num_heads,
@@ -152,7 +178,8 @@ def decoder_config(
             head_dim=_head_dim(embed_dim, num_heads) if head_dim is None else head_dim,
             mlp_dim=required(raw, "intermediate_size", "mlp_dim"),
             window=windows(i),
-            rope=rope,
+            rope=rope if ropes is None else ropes(i),
+            softcap=softcap,
         )
         for i in range(num_layers)
     )
@@ -196,14 +223,30 @@ def activation(name: str) -> str:
 def listed_windows(raw: dict[str, Any], from_layer: int) -> Callable[[int], int | None]:
     """Window of each layer where `layer_types`, or failing that `from_layer`, says which slide."""
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
-    kinds = raw.get("layer_types")
-    if kinds is not None and len(kinds) != raw["num_hidden_layers"]:
-        raise ValueError(
-            f"layer_types has {len(kinds)} entries for {raw['num_hidden_layers']} layers: repair it"
-        )
+    slides = sliding_layers(raw, lambda i: i >= from_layer)
+    return lambda i: window if slides[i] else None
 
-    def of_layer(i: int) -> int | None:
-        slides = kinds[i] == "sliding_attention" if kinds is not None else i >= from_layer
-        return window if slides else None
 
-    return of_layer
+def sliding_layers(raw: dict[str, Any], implied: Callable[[int], bool]) -> tuple[bool, ...]:
+    """Which layers have a sliding window, by `layer_types`, or where it is absent as implied.
+
+    Raises ValueError for kinds of attention that are not supported, or not one a layer.
+    """
+    count, kinds = required(raw, "num_hidden_layers", "num_layers"), raw.get("layer_types")
+    if kinds is None:
+        return tuple(implied(i) for i in range(count))
+    if not isinstance(kinds, list) or len(kinds) != count:
+        found = len(kinds) if isinstance(kinds, list) else repr(kinds)
+        raise ValueError(f"layer_types has {found} entries for {count} layers: repair it")
+    known = ("sliding_attention", "full_attention")
+    for kind in kinds:
+        if kind not in known:
+            raise ValueError(f"layer_types names {kind!r}, which is not supported: {known} are")
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def refuse(raw: dict[str, Any], family: str, unsupported: Mapping[str, Any]) -> None:
+    """Raise ValueError where config.json has one of these keys at the value that is not read."""
+    for key, value in unsupported.items():
+        if key in raw and raw[key] == value:
+            raise ValueError(f"{key} {value!r} is not supported for {family}: use another model")

@@ -7,14 +7,14 @@ was loaded from GGUF be exported to a folder that other tools load.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
 # A tensor of the file that is part of the config, not of the parameters.
 ROPE_FACTORS = "rope_freqs.weight"
+_LONG_ROPE = "rope_factors_long.weight"
 
 
 def hf_config(
@@ -26,8 +26,14 @@ def hf_config(
     Raises ValueError for an architecture or rope scaling that is not supported.
     """
     arch = metadata.get("general.architecture")
-    if arch not in SUPPORTED:
-        raise ValueError(f"GGUF architecture {arch!r} is not supported: {', '.join(SUPPORTED)} are")
+    if arch not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise ValueError(f"GGUF architecture {arch!r} is not supported: {known} are")
+    if _LONG_ROPE in names:
+        raise ValueError(
+            f"the GGUF tensor {_LONG_ROPE!r} is not supported: load the safetensors checkpoint of "
+            "this model instead"
+        )
 
     def value(key: str, *default: Any) -> Any:
         name = f"{arch}.{key}"
@@ -37,10 +43,10 @@ def hf_config(
 
     heads, width = value("attention.head_count"), value("embedding_length")
     theta = float(value("rope.freq_base", 10_000.0))
-    window = value("attention.sliding_window", None) if arch == "llama" else None
+    model_type, name, more = _ARCHITECTURES[arch]
     config = {
-        "model_type": "mistral" if window else arch,
-        "architectures": [_ARCHITECTURES["mistral" if window else arch]],
+        "model_type": model_type,
+        "architectures": [f"{name}ForCausalLM"],
         "hidden_size": width,
         "intermediate_size": value("feed_forward_length"),
         "num_hidden_layers": value("block_count"),
@@ -58,16 +64,65 @@ def hf_config(
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
-    if window:
-        config["sliding_window"] = window
-    return config
+    return config | more(value)
 
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+# value(key) or value(key, default) of a file's own metadata.
+Value = Callable[..., Any]
+
+
+def _mistral(value: Value) -> dict[str, Any]:
+    """A window is all that tells Mistral from Llama in such files."""
+    window = value("attention.sliding_window", None)
+    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    return {**names, "sliding_window": window} if window else {}
+
+
+def _phi3(value: Value) -> dict[str, Any]:
+    size = value("embedding_length") // value("attention.head_count")
+    share = value("rope.dimension_count", size) / size
+    window = value("attention.sliding_window", None) or None
+    return {"sliding_window": window, "partial_rotary_factor": share}
+
+
+def _gemma(value: Value) -> dict[str, Any]:
+    """What files of Gemma 2 and 3 leave to the reader, as llama.cpp has it.
+
+    The largest of each scale queries by the width of a head that the model's would be if even.
+    """
+    heads, width = value("attention.head_count"), value("embedding_length")
+    largest = value("block_count") in (46, 62)
+    scalar = width // heads if largest else value("attention.key_length")
+    act = "gelu_pytorch_tanh"
+    return {
+        "hidden_act": act,
+        "hidden_activation": act,
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": value("attention.sliding_window"),
+    }
+
+
+def _gemma2(value: Value) -> dict[str, Any]:
+    return _gemma(value) | {
+        "attn_logit_softcapping": float(value("attn_logit_softcapping", 50.0)),
+        "final_logit_softcapping": float(value("final_logit_softcapping", 30.0)),
+    }
+
+
+def _gemma3(value: Value) -> dict[str, Any]:
+    local = {"rope_local_base_freq": float(value("rope.freq_base_swa", 10_000.0))}
+    return _gemma(value) | local | {"sliding_window_pattern": 6}
+
+
+# Architecture -> model_type and class of the hub, and what config.json says beyond the sizes.
+_ARCHITECTURES: dict[str, tuple[str, str, Callable[[Value], dict[str, Any]]]] = {
+    "llama": ("llama", "Llama", _mistral),
+    "qwen2": ("qwen2", "Qwen2", lambda value: {}),
+    "qwen3": ("qwen3", "Qwen3", lambda value: {}),
+    "gemma2": ("gemma2", "Gemma2", _gemma2),
+    "gemma3": ("gemma3_text", "Gemma3", _gemma3),
+    "phi3": ("phi3", "Phi3", _phi3),
+    "olmo2": ("olmo2", "Olmo2", lambda value: {}),
 }
 
 

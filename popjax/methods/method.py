@@ -19,6 +19,11 @@ from popjax.config import LayerConfig, ModelConfig
 from popjax.sparsity import ChannelPartition, Params, Plan
 
 
+def channels(x: jax.Array, mlp: Params, activation: str) -> jax.Array:
+    """Activations [..., F] of x [..., D] under the FFN parameters `mlp`, gated or not."""
+    return gated_channels(x, mlp.get("gate"), mlp["up"], activation, mlp.get("up_bias"))
+
+
 class LayerActs:
     """What one layer shows to `observe` during prefill.
 
@@ -47,11 +52,9 @@ class LayerActs:
         return self._h is not None
 
     def channels(self) -> jax.Array:
-        """h [B, T, F] = act(x gate^T) * (x up^T), pads included."""
+        """h [B, T, F] = act(x gate^T) * (x up^T), or act(x up^T + bias), pads included."""
         if self._h is None:
-            self._h = gated_channels(
-                self.x, self._params["gate"], self._params["up"], self.activation
-            )
+            self._h = channels(self.x, self._params, self.activation)
         return self._h
 
     def counted_channels(self) -> jax.Array:

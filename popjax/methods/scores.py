@@ -5,6 +5,8 @@ All in float32. `H` [B, T, F] are the channel activations of the prompt's real t
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -25,12 +27,14 @@ def channel_scores(params: Params, acts: LayerActs, kind: str) -> jax.Array:
 
     "down": ||H_i||_2 ||Wd_i||_2, W being the down projection, which is how we read Eq. 3
     [inferred]. "gate-up": sqrt(sum_k (Wg_ik^2 + Wu_ik^2) ||x_k||^2), the literal reading
-    [inferred], kept as an ablation. "activation": ||H_i||_2 with no weight.
+    [inferred], kept as an ablation; of an FFN without a gate, its up alone and no bias [inferred].
+    "activation": ||H_i||_2 with no weight.
     """
     if kind == "gate-up":
         x = jnp.where(acts.valid[:, :, None], acts.x.astype(jnp.float32), 0.0)
         energy = jnp.sum(x * x, axis=(0, 1))
-        squares = params["gate"].astype(jnp.float32) ** 2 + params["up"].astype(jnp.float32) ** 2
+        read = [params[name] for name in ("gate", "up") if name in params]
+        squares = functools.reduce(jnp.add, (w.astype(jnp.float32) ** 2 for w in read))
         return jnp.sqrt(jnp.einsum("FD,D->F", squares, energy))
     norms = token_norms(acts.counted_channels())
     return norms * down_norms(params["down"]) if kind == "down" else norms

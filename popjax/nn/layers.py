@@ -6,18 +6,19 @@ shell holds one shard of its heads or channels, and `shards` names the mesh axes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.masked_mlp import gated_channels, masked_mlp, project
+from kernels_pallas.masked_mlp import masked_mlp, project
 from popjax import axes
 from popjax.cache import Kept, LayerCache, write_layer
 from popjax.config import LayerConfig, ModelConfig
 from popjax.eviction.method import AttentionActs
-from popjax.methods.method import LayerActs, Method
+from popjax.methods.method import LayerActs, Method, channels
 from popjax.nn import ops
 from popjax.packing import pack_layer
 from popjax.sparsity import ChannelPartition, Params, keeps_order
@@ -30,8 +31,8 @@ def declare(module: nn.Module, name: str, config: ModelConfig) -> jax.Array:
     path = "/".join((*module.path, name))
     shape = axes.shape(path, config)
     if name == "scale" or name.endswith("_norm"):
-        init: Callable = nn.initializers.ones
-    elif name.endswith("_bias"):
+        init: Callable = nn.initializers.zeros if config.norm_offset else nn.initializers.ones
+    elif name == "bias" or name.endswith("_bias"):
         init = nn.initializers.zeros
     else:
         init = nn.initializers.normal(0.02)
@@ -44,13 +45,16 @@ def summed(y: jax.Array, shards: tuple[str, ...] | None) -> jax.Array:
 
 
 class Norm(nn.Module):
-    """RMS norm with a scale [D]."""
+    """RMS norm with a scale [D], or layer norm with a bias [D] too."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.rms_norm(x, declare(self, "scale", self.config), self.config.norm_eps)
+        scale, config = declare(self, "scale", self.config), self.config
+        if config.norm == "layer":
+            return ops.layer_norm(x, scale, declare(self, "bias", config), config.norm_eps)
+        return ops.rms_norm(x, scale, config.norm_eps, config.norm_offset)
 
 
 class Attention(nn.Module):
@@ -67,7 +71,7 @@ class Attention(nn.Module):
         x: jax.Array,
         cache: LayerCache,
         slot: jax.Array,
-        table: RopeTable,
+        table: RopeTable | None,
         positions: tuple[jax.Array, jax.Array],
         kept: Kept | None = None,
     ) -> tuple[jax.Array, LayerCache, AttentionActs]:
@@ -77,18 +81,32 @@ class Attention(nn.Module):
         """
         q, k, v = self._heads(x)
         if self.config.qk_norm:
-            q = ops.rms_norm(q, declare(self, "q_norm", self.config), self.config.norm_eps)
-            k = ops.rms_norm(k, declare(self, "k_norm", self.config), self.config.norm_eps)
-        q, k = ops.rotate(q, table), ops.rotate(k, table)
+            q, k = self._normed(q, "q"), self._normed(k, "k")
+        if table is not None:
+            q, k = ops.rotate(q, table), ops.rotate(k, table)
+        if self.config.query_scale is not None:
+            # Into the queries, so that everything that reads them divides by sqrt(H) as ever.
+            q = ops.scaled(q, self.config.query_scale * math.sqrt(self.layer.head_dim))
         cache = write_layer(cache, k, v, slot)
-        out = ops.cached_attention(
-            q, cache.k, cache.v, *positions, self.layer.window, self.implementation, kept
-        )
+        options = (self.layer.window, self.implementation, kept, self.layer.softcap)
+        out = ops.cached_attention(q, cache.k, cache.v, *positions, *options)
         y = ops.heads_out(out, declare(self, "o", self.config), self.implementation)
         y = summed(y, self.shards)
         if self.config.o_bias:
             y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
         return y, cache, AttentionActs(x, q, cache.k, cache.v, *positions, slot)
+
+    def _normed(self, heads: jax.Array, name: str) -> jax.Array:
+        """RMS norm of q or k [B, T, heads, H], over each head or all of them."""
+        config, shards = self.config, None
+        if config.qk_norm_over == "head":
+            scale = declare(self, f"{name}_norm", config)
+        else:
+            scale = declare(self, f"{name}_all_norm", config)
+            if self.shards is not None:
+                # Devices of a group hold the same keys, which must not count twice.
+                shards = axes.mesh_axes("N" if name == "q" else "K", self.shards)
+        return ops.rms_norm(heads, scale, config.norm_eps, config.norm_offset, shards)
 
     def _heads(self, x: jax.Array) -> list[jax.Array]:
         weights = [declare(self, name, self.config) for name in "qkv"]
@@ -102,9 +120,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Gated feed-forward layer whose channels a method may observe, partition and mask.
+    """Feed-forward layer whose channels a method may observe, partition and mask.
 
-    On a mesh its output is that of its own channels, to be summed over shards.
+    On a mesh its output is that of its own channels, to be summed over shards. What no channel
+    carries, the bias of down, is left to the block.
     """
 
     config: ModelConfig
@@ -114,7 +133,9 @@ class Mlp(nn.Module):
     shards: tuple[str, ...] | None = None
 
     def setup(self) -> None:
-        self.gate, self.up, self.down = (self._matrix(name) for name in ("gate", "up", "down"))
+        self.gate = self._matrix("gate") if self.config.gated else None
+        self.up, self.down = self._matrix("up"), self._matrix("down")
+        self.up_bias = declare(self, "up_bias", self.config) if self.config.mlp_bias else None
 
     def _matrix(self, name: str) -> jax.Array:
         """The parameter [F, D], or [F, D/128, 128] where it is kept as tiles."""
@@ -128,7 +149,8 @@ class Mlp(nn.Module):
 
     def _weights(self) -> Params:
         matrices = {"gate": self.gate, "up": self.up, "down": self.down}
-        return {name: w.reshape(w.shape[0], -1) for name, w in matrices.items()}
+        held = {name: w.reshape(w.shape[0], -1) for name, w in matrices.items() if w is not None}
+        return held if self.up_bias is None else {**held, "up_bias": self.up_bias}
 
     def prefill(
         self,
@@ -153,8 +175,7 @@ class Mlp(nn.Module):
             kept = part.kept_mask(self.layer.mlp_dim)
             return project(acts.channels(), weights["down"], kept), statistic
         packed, _ = pack_layer(weights, part, self.layer.mlp_dim)
-        h = gated_channels(x, packed["gate"], packed["up"], activation)
-        return project(h, packed["down"]), statistic
+        return project(channels(x, packed, activation), packed["down"]), statistic
 
     def decode(
         self,
@@ -182,6 +203,7 @@ class Mlp(nn.Module):
             selection=selection,
             given=recorded,
             rows=_rows(part),
+            up_bias=self.up_bias,
             implementation=self.implementation,
         )
 

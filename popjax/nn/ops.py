@@ -26,23 +26,61 @@ from popjax.config import RopeConfig
 QUERY_BLOCK = 512
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis of x [..., D], times scale [D]."""
+def rms_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    eps: float,
+    offset: bool = False,
+    shards: tuple[str, ...] | None = None,
+) -> jax.Array:
+    """Root-mean-square norm over the last axes of x [..., D] or [..., N, H], those of scale.
+
+    Times scale, or with `offset` times 1 + scale in float32. `shards`: the mesh axes that split
+    these axes into equal parts.
+    """
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    mean = jnp.mean(x32 * x32, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+    if shards is not None:
+        mean = jax.lax.pmean(mean, shards)
+    shape = (1,) * (x.ndim - scale.ndim) + scale.shape
+    normed = x32 * jax.lax.rsqrt(mean + eps)
+    if offset:
+        return (normed * (1.0 + scale.astype(jnp.float32).reshape(shape))).astype(x.dtype)
+    return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(shape)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis of x [..., D], times scale [D], plus bias [D]."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
     shape = (1,) * (x.ndim - 1) + scale.shape
-    return ((x32 * inverse).astype(x.dtype)) * scale.astype(x.dtype).reshape(shape)
+    scale32, bias32 = (w.astype(jnp.float32).reshape(shape) for w in (scale, bias))
+    return (centred * inverse * scale32 + bias32).astype(x.dtype)
+
+
+def soft_capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap * tanh(scores / softcap); the scores themselves for None."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times factor, worked in float32 and cast back; x itself for 1."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angular frequency of each rotary pair [H/2] in radians a position, float32.
+    """Angular frequency of each rotary pair [H/2, or fewer] in radians a position, float32.
 
     "llama3" divides by `factor` the frequencies whose wavelength exceeds
     original/low_freq_factor, keeps those below original/high_freq_factor, and blends between.
     """
-    inverse = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    size = rope.rotated(head_dim)
+    inverse = rope.theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     if rope.kind == "linear":
         inverse = inverse / rope.factor
+    elif rope.kind == "factors":
+        inverse = inverse / np.asarray(rope.factors, np.float64)
     elif rope.kind == "llama3":
         turns = rope.original_max_positions * inverse / (2 * math.pi)
         blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -54,18 +92,24 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rope_table(
     positions: jax.Array, rope: RopeConfig, head_dim: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [B, T, H/2] of positions [B, T], float32."""
+    """Cosine and sine [B, T, H/2, or fewer] of positions [B, T], float32."""
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
     angle = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if rope.magnitude == 1 else (cos * rope.magnitude, sin * rope.magnitude)
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of x [B, T, heads, H]; pairs are (i, i + H/2), the Hugging Face order."""
+    """Rotary embedding of x [B, T, heads, H]; pairs are (i, i + R/2), the Hugging Face order.
+
+    R is twice the width of the table; what follows the first R numbers of a head stays.
+    """
     cos, sin = (part[:, :, None, :] for part in table)
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    R = 2 * cos.shape[-1]
+    low, high = jnp.split(x[..., :R].astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = turned.astype(x.dtype)
+    return turned if x.shape[-1] == R else jnp.concatenate([turned, x[..., R:]], axis=-1)
 
 
 def attention_mask(
@@ -104,8 +148,10 @@ def heads_out(heads: jax.Array, weight: jax.Array, implementation: str = "xla") 
     return contract(flat, weight.reshape(-1, weight.shape[-1]), implementation)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention [B, T, N, H] of grouped queries.
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None = None
+) -> jax.Array:
+    """Scaled dot-product attention [B, T, N, H] of grouped queries, scores capped by `softcap`.
 
     q [B, T, N, H]; k, v [B, K, S, H] or [B*K, S, H]; mask [B, T, S]. A query that sees nothing
     (padding) gets the plain mean of v: finite, and never read.
@@ -116,7 +162,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     # Queries of a group side by side with time: both products are then plain batched matrices.
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(*lead, -1, H)
     scores = jnp.einsum("...QH,...SH->...QS", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, N // K, T, S) * (H**-0.5)
+    scores = soft_capped(scores.reshape(B, K, N // K, T, S) * (H**-0.5), softcap)
     scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*lead, -1, S)
     out = jnp.einsum("...QS,...SH->...QH", weights, v)
@@ -130,15 +176,17 @@ def blocked_attention(
     query_positions: jax.Array,
     key_positions: jax.Array,
     window: int | None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """`attention` with its mask, a block of QUERY_BLOCK queries at a time where T is long."""
     B, T = query_positions.shape
     if T <= 2 * QUERY_BLOCK or T % QUERY_BLOCK:
-        return attention(q, k, v, attention_mask(query_positions, key_positions, window))
+        mask = attention_mask(query_positions, key_positions, window)
+        return attention(q, k, v, mask, softcap)
 
     def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, positions = block
-        return attention(queries, k, v, attention_mask(positions, key_positions, window))
+        return attention(queries, k, v, attention_mask(positions, key_positions, window), softcap)
 
     blocks = T // QUERY_BLOCK
     split_q = q.reshape(B, blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
@@ -156,6 +204,7 @@ def cached_attention(
     window: int | None,
     implementation: str = "xla",
     kept: Kept | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Attention [B, T, N, H] over the cache k, v, and over what an eviction `kept` of the layer.
 
@@ -163,12 +212,12 @@ def cached_attention(
     """
     if kept is not None:
         pool = (kept.entries, kept.positions, kept.starts, kept.lengths)
-        options = {"window": window, "implementation": implementation}
+        options = {"window": window, "softcap": softcap, "implementation": implementation}
         return ragged_decode(q, *pool, k, v, query_positions, key_positions, **options)
     if q.shape[1] > 1 or implementation not in NATIVE:
         keys, values = floats(k), floats(v)
-        return blocked_attention(q, keys, values, query_positions, key_positions, window)
-    out = decode_attention(q[:, 0], k, v, query_positions[:, 0], key_positions, window)
+        return blocked_attention(q, keys, values, query_positions, key_positions, window, softcap)
+    out = decode_attention(q[:, 0], k, v, query_positions[:, 0], key_positions, window, softcap)
     return out[:, None]
 
 

@@ -87,7 +87,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: attention, then the MLP."""
+    """One decoder layer: attention, then the MLP, or both of the same input."""
 
     config: ModelConfig
     layer: LayerConfig
@@ -97,26 +97,46 @@ class Block(nn.Module):
     eviction: KvMethod = KvMethod()
 
     def setup(self) -> None:
-        self.attn_norm = Norm(self.config)
         place = (self.implementation, self.shards)
+        if self.config.norm_place != "post":
+            self.attn_norm, self.mlp_norm = Norm(self.config), Norm(self.config)
+        if self.config.norm_place != "pre":
+            self.attn_out_norm, self.mlp_out_norm = Norm(self.config), Norm(self.config)
         self.attn = Attention(self.config, self.layer, *place)
-        self.mlp_norm = Norm(self.config)
         self.mlp = Mlp(self.config, self.layer, self.method, *place)
+        if self.config.mlp_bias:
+            self.mlp_bias = declare(self, "mlp_bias", self.config)
 
-    def attend(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Any, Any]:
-        y, cache, acts = self.attn(self.attn_norm(x), *context)
+    def attend(self, x: jax.Array, *context: Any) -> tuple[jax.Array, jax.Array, Any, Any]:
+        """What the MLP reads and the stream after attention, both [B, T, D]; cache, by-product."""
+        y, cache, acts = self.attn(self._read(x, "attn_norm"), *context)
+        after = x + self._given(y, "attn_out_norm")
         weights = cast(Params, self.attn.variables["params"])
-        return x + y, cache, self.eviction.observe(weights, self.layer, acts)
+        seen = self.eviction.observe(weights, self.layer, acts)
+        return x if self.config.parallel else after, after, cache, seen
 
     def prefill(self, x: jax.Array, valid: jax.Array, given: Any, *context: Any) -> Any:
-        x, cache, seen = self.attend(x, *context)
-        y, statistic = self.mlp.prefill(self.mlp_norm(x), x, valid, given)
-        return x + summed(y, self.shards), cache, (statistic, seen)
+        read, x, cache, seen = self.attend(x, *context)
+        y, statistic = self.mlp.prefill(self._read(read, "mlp_norm"), read, valid, given)
+        return x + self._projected(y), cache, (statistic, seen)
 
     def decode(self, x: jax.Array, valid: jax.Array, part: Any, mask: Any, *context: Any) -> Any:
-        x, cache, seen = self.attend(x, *context)
-        y, mask = self.mlp.decode(self.mlp_norm(x), valid, part, mask)
-        return x + summed(y, self.shards), cache, (mask, seen)
+        read, x, cache, seen = self.attend(x, *context)
+        y, mask = self.mlp.decode(self._read(read, "mlp_norm"), valid, part, mask)
+        return x + self._projected(y), cache, (mask, seen)
+
+    def _read(self, x: jax.Array, norm: str) -> jax.Array:
+        return x if self.config.norm_place == "post" else getattr(self, norm)(x)
+
+    def _given(self, y: jax.Array, norm: str) -> jax.Array:
+        return y if self.config.norm_place == "pre" else getattr(self, norm)(y)
+
+    def _projected(self, y: jax.Array) -> jax.Array:
+        """What the MLP adds to the stream, of its channels' sum y [B, T, D]."""
+        y = summed(y, self.shards)
+        if self.config.mlp_bias:
+            y = y + self.mlp_bias.astype(y.dtype)[None, None, :]
+        return self._given(y, "mlp_out_norm")
 
 
 class Transformer(nn.Module):
@@ -134,6 +154,8 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         place = (self.implementation, self.shards)
         self.embed = Embedding(self.config, *place)
+        if self.config.position_offset is not None:
+            self.positions = Embedding(self.config, self.implementation)
         for i, layer in enumerate(self.config.layers):
             block = Block(self.config, layer, self.method, *place, self.eviction)
             setattr(self, f"layer_{i}", block)
@@ -193,8 +215,21 @@ class Transformer(nn.Module):
 
     def _enter(self, inputs: Inputs, cache: Cache) -> tuple[jax.Array, jax.Array, dict]:
         kinds = {(layer.rope, layer.head_dim) for layer in self.config.layers}
-        tables = {kind: ops.rope_table(inputs.positions, *kind) for kind in kinds}
-        return self.embed.lookup(inputs.tokens), write_positions(cache, inputs.positions), tables
+        tables = {
+            (rope, H): None if rope is None else ops.rope_table(inputs.positions, rope, H)
+            for rope, H in kinds
+        }
+        return self._embedded(inputs), write_positions(cache, inputs.positions), tables
+
+    def _embedded(self, inputs: Inputs) -> jax.Array:
+        x = self.embed.lookup(inputs.tokens)
+        if self.config.embed_scale is not None:
+            # Rounded as the weights are, which is how such models were trained.
+            x = x * jnp.asarray(self.config.embed_scale, self.embed.table.dtype).astype(x.dtype)
+        if self.config.position_offset is not None:
+            # Padding has position -1: some row, for what is never read.
+            x = x + self.positions.lookup(inputs.positions + self.config.position_offset)
+        return x
 
     def _context(
         self,
@@ -215,7 +250,8 @@ class Transformer(nn.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.final_norm(x)
-        return self.embed.logits(x) if self.config.tie_embeddings else self.head.logits(x)
+        logits = self.embed.logits(x) if self.config.tie_embeddings else self.head.logits(x)
+        return ops.soft_capped(logits, self.config.final_softcap)
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:

@@ -219,16 +219,16 @@ def test_dtype_must_be_a_float():
 
 def test_row_matches_whole_names_and_plain_numbers():
     row = ROWS[1]
-    assert row.to_target("layers.12.q.weight") == "layer_12/attn/q"
+    assert row.to_targets("layers.12.q.weight") == ("layer_12/attn/q",)
     assert row.to_source("layer_12/attn/q") == "layers.12.q.weight"
     wrong = ["layers.01.q.weight", "layers.-1.q.weight", "layers.x.q.weight", "layersX1.q.weight"]
     for name in [*wrong, "xlayers.1.q.weight", "layers.1.q.weight2"]:
-        assert row.to_target(name) is None
+        assert row.to_targets(name) is None
 
 
 def test_row_with_two_placeholders():
     row = Row("layers.{i}.experts.{e}.up", "layer_{i}/expert_{e}/up", "same")
-    assert row.to_target("layers.3.experts.11.up") == "layer_3/expert_11/up"
+    assert row.to_targets("layers.3.experts.11.up") == ("layer_3/expert_11/up",)
     assert row.to_source("layer_3/expert_11/up") == "layers.3.experts.11.up"
 
 

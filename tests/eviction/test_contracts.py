@@ -23,7 +23,14 @@ from popjax.eviction.method import budgeted, reach, seen_later
 from popjax.generate import PROGRAMS, Options
 from popjax.methods import Method, OnlinePruning
 from popjax.run import Request, RunResult, run
-from tests.popjax.tiny_models import CONFIGS, PROMPTS, VOCAB, logit_tolerance, random_params
+from tests.popjax.tiny_models import (
+    CONFIGS,
+    NEWER,
+    PROMPTS,
+    VOCAB,
+    logit_tolerance,
+    random_params,
+)
 
 NEW, TOKENS = 9, 9
 NEVER = (VOCAB,)
@@ -32,17 +39,19 @@ ONLINE = OnlinePruning(ratio=0.5, gamma=0.3, prefill="dense")
 KINDS = ("laprox", "h2o", "streaming-llm", "kvzip", "fast-kvzip")
 
 
-def pairs(quick: tuple[str, ...]) -> list[Any]:
+def pairs(quick: tuple[str, ...], newer: tuple[str, ...] = ()) -> list[Any]:
     """All methods on all families; slow ones repeat what quick ones show of another family."""
     found = []
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
+    for family in ("llama", "mistral", "qwen2", "qwen3", *NEWER):
         for name in KV_METHODS:
-            slow = name not in (quick if family == "llama" else ("laprox",))
+            swift = newer if family in NEWER else quick if family == "llama" else ("laprox",)
+            slow = name not in swift
             found.append(pytest.param(family, name, marks=[pytest.mark.slow] if slow else []))
     return found
 
 
 PAIRS, FEW = pairs(tuple(KV_METHODS)), pairs(KINDS)
+MASKED = pairs(tuple(KV_METHODS), ("laprox",))
 
 
 def config_of(family: str) -> ModelConfig:
@@ -145,7 +154,7 @@ def test_exactly_the_budget_stays_and_the_bytes_go(family: str, name: str) -> No
     assert kept.entries.shape[0] <= max(16, 1.07 * held + 1)
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
+@pytest.mark.parametrize(("family", "name"), MASKED)
 def test_the_compacted_cache_answers_as_the_masked_one(family: str, name: str) -> None:
     """Entries that went are hidden from the dense cache, by a position that nobody sees."""
     from popjax.buckets import left_padded

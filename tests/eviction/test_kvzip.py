@@ -36,6 +36,21 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
     return [rng.integers(8, CONFIG.vocab_size, n).tolist() for n in lengths]
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_the_strongest_attention_is_that_of_capped_scores(softcap: float | None) -> None:
+    rng = np.random.default_rng(3)
+    q, k = rng.standard_normal((1, 5, 4, 8)), rng.standard_normal((1, 2, 9, 8))
+    places = jnp.arange(9, dtype=jnp.int32)[None, :]
+    arrays = (jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), places[:, 4:], places)
+    found = strongest(*arrays, None, (0, 4), softcap)
+    scores = np.einsum("tkgh,ksh->kgts", q[0].reshape(5, 2, 2, 8), k[0]) / np.sqrt(8)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    seen = np.arange(9)[None, :] <= np.arange(4, 9)[:, None]
+    weights = softmax(np.where(seen, scores, -np.inf))[..., :4]
+    np.testing.assert_allclose(found[0], weights.max(axis=(1, 2)), rtol=1e-5)
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)

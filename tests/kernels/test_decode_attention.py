@@ -14,7 +14,10 @@ from kernels_pallas.decode_attention.reference import decode_attention as refere
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 # Compiled: op by op, XLA would compile each of a dozen anew for every shape.
-FORMS = {"native": decode_attention, "reference": jax.jit(reference, static_argnames="window")}
+FORMS = {
+    "native": decode_attention,
+    "reference": jax.jit(reference, static_argnames=("window", "softcap")),
+}
 
 
 def inputs(seed: int, B: int, K: int, G: int, S: int, H: int, dtype: str = "float32") -> Any:
@@ -31,7 +34,15 @@ def inputs(seed: int, B: int, K: int, G: int, S: int, H: int, dtype: str = "floa
     return (*arrays, jnp.asarray(queries, jnp.int32), jnp.asarray(keys))
 
 
-def oracle(q: Any, k: Any, v: Any, queries: Any, keys: Any, window: int | None) -> np.ndarray:
+def oracle(
+    q: Any,
+    k: Any,
+    v: Any,
+    queries: Any,
+    keys: Any,
+    window: int | None,
+    softcap: float | None = None,
+) -> np.ndarray:
     q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
     B, N, H = q.shape
     out = np.zeros((B, N, H))
@@ -41,6 +52,8 @@ def oracle(q: Any, k: Any, v: Any, queries: Any, keys: Any, window: int | None) 
         for n in range(N if seen.any() else 0):
             head = n * k.shape[1] // N
             scores = k[b, head, seen] @ q[b, n] / np.sqrt(H)
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
             out[b, n] = weights @ v[b, head, seen] / weights.sum()
     return out
@@ -64,18 +77,34 @@ def tolerance(k: jax.Array, v: jax.Array, dtype: str) -> float:
     S=st.sampled_from([1, 2, 37, 255, 256, 257, 600]),
     H=st.sampled_from([1, 7, 16, 33, 64]),
     window=st.sampled_from([None, 1, 5, 300]),
+    softcap=st.sampled_from([None, 0.5, 50.0]),
     dtype=st.sampled_from(sorted(EPS)),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_attention_over_what_is_seen(
-    form: str, B: int, K: int, G: int, S: int, H: int, window: int | None, dtype: str, seed: int
+    form: str,
+    B: int,
+    K: int,
+    G: int,
+    S: int,
+    H: int,
+    window: int | None,
+    softcap: float | None,
+    dtype: str,
+    seed: int,
 ) -> None:
     arrays = inputs(seed, B, K, G, S, H, dtype)
-    out = FORMS[form](*arrays, window=window)
+    out = FORMS[form](*arrays, window=window, softcap=softcap)
     assert (out.dtype, out.shape) == (arrays[0].dtype, arrays[0].shape)
     atol = tolerance(*arrays[1:3], dtype=dtype)
-    wanted = oracle(*arrays, window=window)
+    wanted = oracle(*arrays, window=window, softcap=softcap)
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_softcap_that_caps_nothing_is_refused(softcap: float) -> None:
+    with pytest.raises(ValueError, match="softcap is .*, must be positive and finite"):
+        decode_attention(*inputs(0, 1, 1, 1, 2, 4), softcap=softcap)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -51,6 +51,23 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 UPPER_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+HALF = {"partial_rotary_factor": 0.5, "rope_theta": 10_000.0, "rope_type": "default"}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0, 1.5, 2.5, 4.0],
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+}
+# Local layers, then one that sees all under a rotation of its own.
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+LINEAR = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10_000.0},
+}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 9, **SLIDING}
+# Caps near the scores and logits of these models, so that they bend them.
+CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 # Name of the case: configuration class of transformers, and what it is given beside the sizes.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -59,6 +76,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 5}),
     "qwen2": ("Qwen2Config", UPPER_WINDOW),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {**GEMMA, **CAPS}),
+    "gemma3": ("Gemma3TextConfig", {**GEMMA, "rope_parameters": LINEAR}),
+    "phi3": ("Phi3Config", {"sliding_window": 5, "rope_parameters": HALF, "pad_token_id": 0}),
+    "phi3-long": (
+        "Phi3Config",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 128, "pad_token_id": 0},
+    ),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo2-biases": ("Olmo2Config", {"attention_bias": True, "tie_word_embeddings": True}),
+    "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "opt-no-biases": (
+        "OPTConfig",
+        {"ffn_dim": 64, "word_embed_proj_dim": 32, "enable_bias": False},
+    ),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt-neox-in-turn": (
+        "GPTNeoXConfig",
+        {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": HALF},
+    ),
 }
 _RNG = np.random.default_rng(7)
 # 16 fills its bucket, so nothing is padded; the others are unequal and longer than any window.

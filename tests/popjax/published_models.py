@@ -50,6 +50,30 @@ QWEN25_7B = _raw("qwen2", 152064, 3584, 18944, 28, (28, 4))
 QWEN3_8B = _raw("qwen3", 151936, 4096, 12288, 36, (32, 8), head_dim=128)
 QWEN3_32B = _raw("qwen3", 151936, 5120, 25600, 64, (64, 8), head_dim=128)
 SMOLLM2_135M = _raw("llama", 49152, 576, 1536, 30, (9, 3), tie_word_embeddings=True)
+GEMMA2_2B = _raw("gemma2", 256000, 2304, 9216, 26, (8, 4), head_dim=256)
+GEMMA2_9B = _raw("gemma2", 256000, 3584, 14336, 42, (16, 8), head_dim=256)
+_GEMMA3 = {"head_dim": 256, "sliding_window": 512, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+GEMMA3_270M = _raw("gemma3_text", 262144, 640, 2048, 18, (4, 1), **_GEMMA3)
+GEMMA3_1B = _raw("gemma3_text", 262144, 1152, 6912, 26, (4, 1), **_GEMMA3)
+PHI3_MINI = _raw("phi3", 32064, 3072, 8192, 32, (32, 32), sliding_window=2047)
+OLMO2_7B = _raw("olmo2", 100352, 4096, 11008, 32, (32, 32), rope_theta=500_000)
+
+
+def _opt(*sizes: Any) -> dict[str, Any]:
+    raw = _raw("opt", 50272, *sizes, max_position_embeddings=2048)
+    raw["ffn_dim"] = raw.pop("intermediate_size")
+    return raw
+
+
+def _pythia(vocab_size: int, *sizes: Any) -> dict[str, Any]:
+    more = {"rotary_pct": 0.25, "rotary_emb_base": 10000, "hidden_act": "gelu"}
+    return _raw("gpt_neox", vocab_size, *sizes, **more, max_position_embeddings=2048)
+
+
+OPT_125M = _opt(768, 3072, 12, (12, 12))
+OPT_67B = _opt(4096, 16384, 32, (32, 32))
+PYTHIA_160M = _pythia(50304, 768, 3072, 12, (12, 12))
+PYTHIA_69B = _pythia(50432, 4096, 16384, 32, (32, 32))
 
 PARAMETER_COUNTS: dict[str, tuple[dict[str, Any], int]] = {
     "Llama-3.1-8B": (LLAMA_31_8B, 8_030_261_248),
@@ -60,6 +84,16 @@ PARAMETER_COUNTS: dict[str, tuple[dict[str, Any], int]] = {
     "Qwen2.5-7B": (QWEN25_7B, 7_615_616_512),
     "Qwen3-8B": (QWEN3_8B, 8_190_735_360),
     "SmolLM2-135M": (SMOLLM2_135M, 134_515_008),
+    "Gemma-2-2B": (GEMMA2_2B, 2_614_341_888),
+    "Gemma-2-9B": (GEMMA2_9B, 9_241_705_984),
+    "Gemma-3-270M": (GEMMA3_270M, 268_098_176),
+    "Gemma-3-1B": (GEMMA3_1B, 999_885_952),
+    "Phi-3-mini-4k": (PHI3_MINI, 3_821_079_552),
+    "OLMo-2-7B": (OLMO2_7B, 7_298_617_344),
+    "OPT-125M": (OPT_125M, 125_239_296),
+    "OPT-6.7B": (OPT_67B, 6_658_473_984),
+    "Pythia-160M": (PYTHIA_160M, 162_322_944),
+    "Pythia-6.9B": (PYTHIA_69B, 6_857_302_016),
 }
 
 

@@ -12,8 +12,10 @@ import popjax
 from popjax import Frozen, LanguageModel, OnlinePruning
 from popjax.continuation import continuation_logits
 from popjax.exporting import calibrated_partition, statically_pruned
+from popjax.families import family_of
 from popjax.methods import Method
 from popjax.sparsity import ChannelPartition
+from tests.popjax.published_models import PARAMETER_COUNTS
 from tests.popjax.tiny_models import PROMPTS, logit_tolerance
 
 FULL = np.arange(48, dtype=np.int32)
@@ -68,3 +70,12 @@ def test_unequal_widths_are_refused(tiny_model: LanguageModel) -> None:
     parts = tuple(ChannelPartition(FULL[:n], FULL[:0]) for n in (20, 30))
     with pytest.raises(ValueError, match="20 to 30 channels"):
         statically_pruned(tiny_model, parts)
+
+
+@pytest.mark.parametrize("name", PARAMETER_COUNTS)
+def test_every_family_names_its_width(name: str) -> None:
+    """What is exported states its width where the family looks for it."""
+    raw, _ = PARAMETER_COUNTS[name]
+    family = family_of(raw["model_type"])
+    narrow = family.config({**raw, family.width_key: 128})
+    assert {layer.mlp_dim for layer in narrow.layers} == {128}

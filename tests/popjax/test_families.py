@@ -12,7 +12,18 @@ from popjax.config import ModelConfig, RopeConfig
 from popjax.families import FAMILIES, model_config
 from popjax.families.gguf import hf_config
 from popjax.nn.ops import rope_frequencies
-from tests.popjax.published_models import LLAMA_31_8B, LLAMA_32_1B, MISTRAL_7B, QWEN3_8B, QWEN25_7B
+from tests.popjax.published_models import (
+    GEMMA2_9B,
+    GEMMA3_1B,
+    LLAMA_31_8B,
+    LLAMA_32_1B,
+    MISTRAL_7B,
+    OPT_125M,
+    PHI3_MINI,
+    PYTHIA_160M,
+    QWEN3_8B,
+    QWEN25_7B,
+)
 from tests.popjax.tiny_models import CONFIGS, tiny
 
 
@@ -82,9 +93,9 @@ def test_qwen_switches() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model_type": "lama"}, "'lama' is not supported: .*qwen3; the nearest is 'llama'"),
+        ({"model_type": "lama"}, "'lama' is not supported: .*gpt_neox; the nearest is 'llama'"),
         ({"model_type": "mixtral"}, "the nearest is 'mistral'"),
-        ({"model_type": "zzz"}, "popjax runs llama, mistral, qwen2, qwen3$"),
+        ({"model_type": "zzz"}, "popjax runs llama, mistral, .*, opt, gpt_neox$"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_size": 10**9}, "embed_dim 1000000000 .* outside 1..131072"),
         ({"num_hidden_layers": 10**9}, "num_layers 1000000000 .* outside 1..1024"),
@@ -133,16 +144,86 @@ def test_layer_types_must_cover_the_layers() -> None:
         model_config({**QWEN25_7B, "layer_types": ["full_attention"]})
 
 
+def test_gemma_2_slides_in_every_other_layer_and_caps() -> None:
+    config = model_config(GEMMA2_9B)
+    assert windows(config) == [4096, None] * 21
+    assert {layer.softcap for layer in config.layers} == {50.0}
+    assert config.final_softcap == 30.0
+    assert (config.query_scale, config.embed_scale) == (1 / 16, 3584**0.5)
+    plain = {**GEMMA2_9B, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+    assert model_config(plain).layers[0].softcap is model_config(plain).final_softcap is None
+
+
+def test_gemma_3_turns_its_two_kinds_of_layers_apart() -> None:
+    scaled = {**GEMMA3_1B, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    everywhere, local = RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4)
+    kinds = ([(512, local)] * 5 + [(None, everywhere)]) * 5
+    config = model_config(scaled)
+    assert [(layer.window, layer.rope) for layer in config.layers] == kinds[:26]
+    nested = {"full_attention": {**scaled["rope_scaling"], "rope_theta": 1e6}}
+    nested["sliding_attention"] = {"rope_type": "default", "rope_theta": 1e4}
+    newer = {key: value for key, value in GEMMA3_1B.items() if not key.startswith("rope_")}
+    assert model_config({**newer, "rope_parameters": nested}) == config
+
+
+def test_phi_3_beyond_its_first_context_is_not_claimed() -> None:
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "type": "longrope"}
+    sizes = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    config = model_config({**PHI3_MINI, **sizes, "rope_scaling": factors})
+    assert config.max_positions == 4096
+    rope = config.layers[0].rope
+    assert rope is not None and rope.factors == (1.0,) * 48
+    assert rope.magnitude == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("raw", "change", "complaint"),
+    [
+        (GEMMA2_9B, {"final_logit_softcapping": 0}, "final_logit_softcapping 0 .* not a positive"),
+        (GEMMA2_9B, {"attn_logit_softcapping": -5.0}, "attn_logit_softcapping -5.0 .* not a pos"),
+        (GEMMA2_9B, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar 0 .* not a positive"),
+        (GEMMA2_9B, {"hidden_activation": "tanh"}, "hidden_act 'tanh' is not supported"),
+        (GEMMA2_9B, {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        (GEMMA2_9B, {"layer_types": ["chunked_attention"] * 42}, "names 'chunked_attention'"),
+        (GEMMA2_9B, {"layer_types": "full"}, "layer_types has 'full' entries for 42 layers"),
+        (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
+        (GEMMA3_1B, {"sliding_window_pattern": 0}, "sliding_window_pattern 0 is not a whole"),
+        (GEMMA3_1B, {"rope_local_base_freq": -1}, "rope_theta -1 .* not a positive number"),
+        (GEMMA3_1B, {"model_type": "gemma3"}, "'gemma3' is not supported: it has a part that sees"),
+        (GEMMA3_1B, {"model_type": "gemma"}, "'gemma' is not supported: .*Gemma 2 and 3"),
+        (PHI3_MINI, {"rope_scaling": {"type": "longrope"}}, "lacks its list short_factor"),
+        (PHI3_MINI, {"partial_rotary_factor": 1.5}, "rotary share 1.5 is outside 0..1"),
+        (OPT_125M, {"do_layer_norm_before": False}, "do_layer_norm_before False is not supported"),
+        (OPT_125M, {"word_embed_proj_dim": 512}, "word_embed_proj_dim 512 differs from hidden_siz"),
+        (OPT_125M, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
+        (OPT_125M, {"_remove_final_layer_norm": True}, "_remove_final_layer_norm True"),
+        (PYTHIA_160M, {"rotary_pct": 0}, "partial_rotary_factor 0 .* not a positive number"),
+        (PYTHIA_160M, {"rotary_pct": 1.5}, "rotary share 1.5 is outside 0..1"),
+        (PYTHIA_160M, {"rotary_pct": 0.02}, "head_dim 64 turns 1 is odd or below 2"),
+        (PYTHIA_160M, {"layer_norm_eps": 0}, "layer_norm_eps 0 .* not a positive number"),
+    ],
+)
+def test_impossible_values_of_later_families_are_refused(
+    raw: dict[str, Any], change: dict[str, Any], complaint: str
+) -> None:
+    model_config(raw)
+    with pytest.raises(ValueError, match=complaint):
+        model_config({**raw, **change})
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("form", ["hf_rows", "gguf_rows"])
 def test_every_parameter_has_one_name_in_a_file(family: str, form: str) -> None:
     config = tiny(family)
+    rows = getattr(FAMILIES[config.family], form)
+    if not rows:
+        assert FAMILIES[config.family].gguf_architecture is None
+        return
     for path in axes.parameter_paths(dataclasses.replace(config, tie_embeddings=False)):
-        rows = getattr(FAMILIES[config.family], form)
         names = [name for row in rows if (name := row.to_source(path)) is not None]
         assert len(names) == 1, path
-        targets = [target for row in rows if (target := row.to_target(names[0])) is not None]
-        assert targets == [path]
+        targets = [paths for row in rows if (paths := row.to_targets(names[0])) is not None]
+        assert len(targets) == 1 and path in targets[0]
 
 
 def gguf_metadata(arch: str, **entries: Any) -> dict[str, Any]:
@@ -186,7 +267,7 @@ def test_gguf_rotary_divisors_give_back_the_llama3_scaling(factor: float) -> Non
     divisors = rope_frequencies(RopeConfig(500_000.0), 128) / rope_frequencies(rope, 128)
     metadata = gguf_metadata("llama", **{"rope.freq_base": 500_000.0, "attention.key_length": 128})
     read = model_config(hf_config(metadata, [], divisors)).layers[0].rope
-    assert dataclasses.replace(read, factor=factor) == rope
+    assert read is not None and dataclasses.replace(read, factor=factor) == rope
     assert read.factor == pytest.approx(factor, rel=1e-6)
 
 

@@ -41,22 +41,56 @@ TILED = ModelConfig("llama", 96, 1024, (_TILED_LAYER, _TILED_LAYER), max_positio
 
 def tiny(family: str, vocab_size: int = VOCAB) -> ModelConfig:
     """A two-layer config of a family, or of "llama3" for llama with scaled rotation."""
-    layer, fields = LAYER, {}
+    layer = LAYER
+    fields: dict[str, Any] = {}
     if family == "llama3":
-        layer, fields = dataclasses.replace(LAYER, rope=LLAMA3_ROPE), {"tie_embeddings": True}
+        layer = dataclasses.replace(LAYER, rope=LLAMA3_ROPE)
+        fields = {"tie_embeddings": True}
     elif family == "mistral":
         layer = dataclasses.replace(LAYER, window=WINDOW)
     elif family == "qwen2":
         fields = {"qkv_bias": True, "tie_embeddings": True}
     elif family == "qwen3":
         fields = {"qk_norm": True}
+    else:
+        layer = dataclasses.replace(layer, **NEWER_LAYERS.get(family, {}))
+        fields = NEWER.get(family, {})
     # Layers of different widths: nothing may assume that one size serves all.
-    layers = (layer, dataclasses.replace(layer, mlp_dim=40))
+    second = dataclasses.replace(layer, mlp_dim=40)
+    if family in ("gemma2", "gemma3_text"):
+        second = dataclasses.replace(second, window=None, rope=RopeConfig(1e6, "linear", 8.0))
+    if family == "gemma2":
+        second = dataclasses.replace(second, rope=layer.rope)
     name = "llama" if family == "llama3" else family
-    return ModelConfig(name, vocab_size, 32, layers, max_positions=64, **fields)
+    return ModelConfig(name, vocab_size, 32, (layer, second), max_positions=64, **fields)
 
 
-FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
+# What the layers, and the whole, of later families have that llama has not.
+_GEMMA = {
+    "activation": "gelu_tanh",
+    "tie_embeddings": True,
+    "norm_offset": True,
+    "norm_place": "both",
+    "query_scale": 0.3,
+    "embed_scale": math.sqrt(32),
+}
+_UNGATED = {"norm": "layer", "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}
+NEWER_LAYERS: dict[str, dict[str, Any]] = {
+    "gemma2": {"window": WINDOW, "softcap": 3.0},
+    "gemma3_text": {"window": WINDOW},
+    "phi3": {"rope": RopeConfig(share=0.5)},
+    "opt": {"rope": None, "num_kv_heads": 4},
+    "gpt_neox": {"rope": RopeConfig(share=0.25), "num_kv_heads": 4},
+}
+NEWER: dict[str, dict[str, Any]] = {
+    "gemma2": {**_GEMMA, "final_softcap": 5.0},
+    "gemma3_text": {**_GEMMA, "qk_norm": True},
+    "phi3": {"norm_eps": 1e-5},
+    "olmo2": {"norm_place": "post", "qk_norm": True, "qk_norm_over": "all"},
+    "opt": {**_UNGATED, "activation": "relu", "tie_embeddings": True, "position_offset": 2},
+    "gpt_neox": {**_UNGATED, "activation": "gelu", "parallel": True},
+}
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", *NEWER)
 CONFIGS = {family: tiny(family) for family in FAMILIES}
 
 
@@ -78,7 +112,7 @@ def _values(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.n
     values = rng.standard_normal(shape)
     if leaf == "scale" or leaf.endswith("_norm"):
         return np.exp(0.2 * values)
-    if leaf.endswith("_bias"):
+    if leaf == "bias" or leaf.endswith("_bias"):
         return 0.3 * values
     if leaf == "table":
         # Also the output head where tied: logits of unit-size inputs get a spread of about 3.

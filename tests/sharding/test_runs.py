@@ -39,6 +39,31 @@ def test_dense_on_a_mesh_is_dense_on_one_device(family: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        # A norm over heads that lie on several devices, of which two hold the same keys.
+        ("olmo2", "model=2,group=2"),
+        # Biases: of channels, which are split, and of the sum, which is not.
+        ("opt", "model=2"),
+        pytest.param("gpt_neox", "model=4", marks=pytest.mark.slow),
+        pytest.param("gemma2", "model=2,group=2", marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "model=2", marks=pytest.mark.slow),
+        pytest.param("phi3", "model=2", marks=pytest.mark.slow),
+    ],
+)
+def test_later_families_on_a_mesh(family: str, name: str) -> None:
+    config, params, spread = case(family, name)
+    request = Request(BATCH, 4, method=PRUNED, options=Options(logits=True, record_masks=True))
+    together = run(spread, config, request)
+    replay = dataclasses.replace(request, partition=together.partition, masks=together.masks)
+    alone = run(params, config, replay)
+    np.testing.assert_array_equal(together.tokens, alone.tokens)
+    assert together.logits is not None and alone.logits is not None
+    tolerance = logit_tolerance(config, alone.logits)
+    np.testing.assert_allclose(together.logits, alone.logits, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
     ("method", "name"), pairs(PRUNING, ["model=4", "model=2,group=2"], known=("frozen", "griffin"))
 )
 def test_a_pruned_mesh_run_replays_on_one_device(method: str, name: str) -> None:

@@ -178,6 +178,14 @@ def test_names_lead_to_methods_and_back(name: str) -> None:
     assert hash(method) == hash(kv_method_named(name, keep=0.25))
 
 
+@pytest.mark.parametrize("kind", [KvMethod, *KV_METHODS.values()])
+@pytest.mark.parametrize("window", [-1, 2.0, "4", True, None])
+def test_every_method_checks_its_window(kind: Any, window: Any) -> None:
+    for budget in ({}, {"tokens": 64}, {"keep": 0.5}):
+        with pytest.raises(ValueError, match=f"window {window!r} is not a whole number"):
+            kind(window=window, **budget)
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [

@@ -146,6 +146,16 @@ def test_the_values_of_critical_are_projected_a_block_at_a_time() -> None:
         np.testing.assert_allclose(found[g], np.mean(norms, 0), rtol=oracles.rounding((heads,)))
 
 
+@pytest.mark.parametrize("length", [24, 300])
+def test_values_of_halves_are_projected_as_floats_would_be(length: int) -> None:
+    (heads,) = prompt(length, seed=2, layers=1)
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in (heads.v[None], heads.o)]
+    wanted = projected_lengths(*(x.astype(jnp.float32) for x in halves))
+    found = jax.jit(projected_lengths)(*halves)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wanted, rtol=oracles.rounding((heads,)))
+
+
 def compiled_bytes(run: Any, *shapes: tuple[int, ...]) -> int:
     """Temporaries of a program over float32 arrays."""
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

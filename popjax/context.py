@@ -105,17 +105,23 @@ def _check(
                 f"{path}: {name} is {arrays[name].dtype}{list(arrays[name].shape)}, this model "
                 f"needs {kind}{list(shape)}: prefill the context again"
             )
+    if not _is_sound(arrays, config):
+        raise checkpoints.CheckpointError(
+            f"{path} holds values that are not finite, or names entries, tokens or positions that "
+            "it does not have: it is damaged, prefill the context again"
+        )
+
+
+def _is_sound(arrays: dict[str, np.ndarray], config: ModelConfig) -> bool:
+    """Whether entries are finite, and all places, tokens and positions are ones there are."""
     starts, lengths, tokens = (arrays[name] for name in ("starts", "lengths", "tokens"))
+    E, n = len(arrays["entries"]), tokens.size
     inside = (
         (starts >= 0).all()
         and not (starts % alignment()).any()
         and (lengths >= 0).all()
-        and (starts + lengths <= E).all()
+        and (lengths <= E - starts).all()  # the sum of the two might overflow
     )
     known = n > 0 and tokens.min() >= 0 and tokens.max() < config.vocab_size
     placed = (arrays["positions"] >= -1).all() and (arrays["positions"] < n).all()
-    if not (inside and known and placed):
-        raise checkpoints.CheckpointError(
-            f"{path} names entries, tokens or positions that it does not have: it is damaged, "
-            "prefill the context again"
-        )
+    return bool(inside and known and placed and np.isfinite(arrays["entries"]).all())

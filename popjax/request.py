@@ -111,51 +111,57 @@ def check_request(request: Request, config: ModelConfig, method: Method) -> None
 
 def _check_cache(request: Request, config: ModelConfig, method: Method) -> None:
     """Raise ValueError for a prefill or an eviction that cannot be done."""
-    chunk = request.prefill_chunk
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"prefill_chunk {chunk!r} is not a whole number above 0: give tokens")
-    if chunk is not None and method.whole_prompt:
-        raise ValueError(
-            f"{method} prunes while the prompt runs, which needs it in one piece: leave out "
-            "prefill_chunk, or let the prompt run dense (online-pruning with prefill='dense')"
-        )
-    _check_again(request)
-    if request.eviction is not None:
-        if not isinstance(request.eviction, KvMethod):
-            raise ValueError(f"eviction {request.eviction!r} is not a KvMethod: give one")
+    eviction = request.eviction
+    if eviction is not None and not isinstance(eviction, KvMethod):
+        raise ValueError(f"eviction {eviction!r} is not a KvMethod: give one")
+    check_chunk(request.prefill_chunk, method, eviction)
+    check_again(request.evict_every, eviction)
+    if eviction is not None:
         if request.context is not None:
             raise ValueError(
                 "a context has been evicted when it was prefilled: give kv= there, not here"
             )
         check_model(config)
-        if chunk is not None and chunk < request.eviction.window:
-            raise ValueError(
-                f"prefill_chunk {chunk} is below the window of {request.eviction.window} tokens "
-                "whose queries score the cache: make the chunk longer"
-            )
 
 
-def _check_again(request: Request) -> None:
-    """Raise ValueError for an eviction that cannot be repeated while decoding."""
-    every, method = request.evict_every, request.eviction
+def check_chunk(chunk: int | None, method: Method, eviction: KvMethod | None) -> None:
+    """Raise ValueError for a prompt that cannot be run so many tokens at a time."""
+    if chunk is None:
+        return
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"prefill_chunk {chunk!r} is not a whole number above 0: give tokens")
+    if method.whole_prompt:
+        raise ValueError(
+            f"{method} prunes while the prompt runs, which needs it in one piece: leave out "
+            "prefill_chunk, or let the prompt run dense (online-pruning with prefill='dense')"
+        )
+    if eviction is not None and chunk < eviction.window:
+        raise ValueError(
+            f"prefill_chunk {chunk} is below the window of {eviction.window} tokens whose queries "
+            "score the cache: make the chunk longer"
+        )
+
+
+def check_again(every: int | None, eviction: KvMethod | None) -> None:
+    """Raise ValueError for an eviction that cannot be repeated every so many new tokens."""
     if every is None:
         return
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"evict_every {every!r} is not a whole number above 0: give tokens")
-    if method is None or method.tokens is None:
+        raise ValueError(f"kv_every {every!r} is not a whole number above 0: give tokens")
+    if eviction is None or eviction.tokens is None:
         raise ValueError(
-            "evict_every needs a method with a budget in tokens, since a share of a text that "
-            "grows is no limit: give one, such as LaProx(tokens=256)"
+            "kv_every needs a method with a budget in tokens, since a share of a text that grows "
+            "is no limit: give kv_tokens=256, or tokens=256 to the method itself"
         )
-    if not method.repeats:
+    if not eviction.repeats:
         raise ValueError(
-            f"{type(method).__name__} scores entries by more than the last tokens' queries and "
+            f"{type(eviction).__name__} scores entries by more than the last tokens' queries and "
             "cannot evict while decoding: use laprox, snapkv, adakv, criticalkv, tova or "
             "streaming-llm"
         )
-    if every < method.window:
+    if every < eviction.window:
         raise ValueError(
-            f"evict_every {every} is below the window of {method.window} tokens whose queries "
+            f"kv_every {every} is below the window of {eviction.window} tokens whose queries "
             "score the cache: evict less often, or make the window smaller"
         )
 

@@ -45,7 +45,7 @@ class RunResult:
     decode.
     implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kept: what
     an eviction left of the prompt, or of the context; None where nothing went; pooled_tokens: how
-    many tokens these had.
+    many tokens these had, and those decoded since that were evicted among them.
     """
 
     tokens: np.ndarray
@@ -125,14 +125,15 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         static |= {"config": packed_config, "method": method}
         refresh = _refresher(request, packed_params, packed, packed_config, method, asked)
         arguments = (packed_params, packed, replay, values)
-        state, kept = _decode(state, arguments, kept, static, request, refresh)
+        state, kept, entered = _decode(state, arguments, kept, static, request, refresh)
     _check_finite(state)
     compilations = PROGRAMS.compilations - compiled
     extra = _extra_bytes(params, packed_params)
     partition = renumbering.from_shards(partition, config, mesh)
     masks = renumbering.masks_from_shards(state.masks, partition, config, mesh)
     state = dataclasses.replace(state, masks=masks)
-    return _result(request, state, partition, kept, clock, compilations, extra)
+    result = _result(request, state, partition, kept, clock, compilations, extra)
+    return dataclasses.replace(result, pooled_tokens=result.pooled_tokens + entered)
 
 
 def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
@@ -253,12 +254,14 @@ def _decode(
     static: dict[str, Any],
     request: Request,
     refresh: Refresher | None,
-) -> tuple[DecodeState, kv.Kept | None]:
+) -> tuple[DecodeState, kv.Kept | None, int]:
     """Decode in one go, or in pieces where somebody listens or the cache is evicted again.
 
-    Tokens do not depend on who listens.
+    Also how many new tokens of all rows were evicted among. Tokens do not depend on who listens.
     """
-    total, mesh = request.max_new_tokens, static["mesh"]
+    total, mesh, entered = request.max_new_tokens, static["mesh"], 0
+    # A prompt that stayed whole lies where new tokens do, and was counted with the prompts.
+    counted = _prompt_tokens(request) if kept is None else 0
     due = total if refresh is None else refresh.every + 1
     while True:
         until = min(due, total)
@@ -269,12 +272,13 @@ def _decode(
             state = dataclasses.replace(state, done=stopped)
             until = min(int(state.step) + request.chunk, until)
         if int(state.step) >= total or bool(np.all(np.asarray(state.done))):
-            return state, kept
+            return state, kept, entered
         limit = sharding.placed(jnp.int32(until), "", mesh)
         state = PROGRAMS.decode(state, *arguments, kept, limit, **static)
         jax.block_until_ready(state)
         if refresh is not None and due <= int(state.step) < total:
-            state, kept = refresh(state, kept)
+            entered += int(np.sum(np.asarray(state.cache.positions) >= 0)) - counted
+            state, kept, counted = *refresh(state, kept), 0
             due += refresh.every
 
 

@@ -138,9 +138,8 @@ def _all(
 ) -> dict[Case, list[Any]]:
     """`measure` of every item under every case, its prompt prefilled once."""
     found: dict[Case, list[Any]] = {case: [] for case in cases}
-    observed = {
-        name: KV_METHODS[name]().for_model(model.config) for name, _ in cases if name != DENSE
-    }
+    # As in the cases themselves: with the words of the model's tokenizer, for instance.
+    observed = {name: method for (name, _), method in cases.items() if method is not None}
     started = time.perf_counter()
     for i, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
         prefilled = Prefilled(model.params, model.config, prompt, observed)

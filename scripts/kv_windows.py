@@ -27,6 +27,9 @@ from popjax.nn.transformer import Inputs, Outputs
 from popjax.prefilling import Prefill, after_listening, prefilled
 from popjax.sparsity import Params
 
+# A share of a prompt that is nothing but what always stays.
+LEAST = 1e-9
+
 
 @dataclasses.dataclass(frozen=True)
 class Observers(KvMethod):
@@ -48,7 +51,7 @@ class Observers(KvMethod):
 class Prefilled:
     """A prompt's dense cache, and what methods saw of it, their shadow passes included.
 
-    methods: name -> the method, at any budget that evicts.
+    methods: name -> the method, at any budget: what it sees depends on none.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class Prefilled:
         self.first, self.cache = outputs.logits, outputs.cache
         self.seen: dict[str, tuple[Any, ...]] = {}
         for i, (name, method) in enumerate(methods.items()):
+            # A method that keeps everything runs no shadow pass.
+            method = dataclasses.replace(method, keep=LEAST, tokens=None)
             mine = tuple(layer[i] for layer in outputs.seen)
             alone = Outputs(self.first, self.cache, seen=mine)
             # Donates the cache and gives it back as it was.
@@ -113,4 +118,4 @@ def with_room(cache: kv.Cache, room: int) -> kv.Cache:
     return dataclasses.replace(cache, layers=layers, positions=positions)
 
 
-__all__ = ["Observers", "Prefilled", "with_room"]
+__all__ = ["LEAST", "Observers", "Prefilled", "with_room"]

@@ -6,10 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from popjax.cli.options import blamed
+
 if TYPE_CHECKING:
     from popjax.eviction import KvMethod
+    from popjax.methods import Method
 
 _PANEL = "Cache"
+# What arguments of Python are called here.
+_FLAGS = {
+    "kv_every": "--kv-every",
+    "kv_tokens": "--kv-tokens",
+    "prefill_chunk": "--prefill-chunk",
+    "prefill='dense'": "--prefill dense",
+}
 
 Kv = Annotated[
     str | None,
@@ -73,4 +83,29 @@ def chosen_kv(
     try:
         return kv_method_named(name or "laprox", **given)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--kv") from error
+        both = "--kv-keep / --kv-tokens" if "one of keep and tokens" in str(error) else "--kv"
+        hint = blamed(str(error), given, both, "--kv-")
+        raise typer.BadParameter(str(error), param_hint=hint) from error
+
+
+def check_pieces(
+    eviction: KvMethod | None, method: Method, every: int | None, chunk: int | None
+) -> None:
+    """Wrong usage where --kv-every or --prefill-chunk cannot go with the methods chosen."""
+    from popjax.request import check_again, check_chunk
+
+    try:
+        check_again(every, eviction)
+    except ValueError as error:
+        raise typer.BadParameter(_in_flags(error), param_hint="--kv-every") from error
+    try:
+        check_chunk(chunk, method, eviction)
+    except ValueError as error:
+        raise typer.BadParameter(_in_flags(error), param_hint="--prefill-chunk") from error
+
+
+def _in_flags(error: ValueError) -> str:
+    message = str(error)
+    for name, flag in _FLAGS.items():
+        message = message.replace(name, flag)
+    return message

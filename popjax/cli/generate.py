@@ -70,6 +70,7 @@ def generate(
         method, ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
     )
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    cache_options.check_pieces(eviction, chosen, kv_every, prefill_chunk)
     if compare_dense and (method_name(chosen) == "dense" or eviction is not None):
         raise typer.BadParameter(
             "it compares FFN pruning alone: give --ratio or --method, and no --kv",

@@ -220,11 +220,16 @@ def chosen_method(
 
 
 def _blamed(message: str, given: dict[str, Any]) -> str:
-    """The option that a method's complaint is about: the one it begins with, else the method."""
     if "exactly one of ratio" in message:
         return "--ratio / --model-ratio"
+    return blamed(message, given, "--method")
+
+
+def blamed(message: str, given: dict[str, Any], otherwise: str, prefix: str = "--") -> str:
+    """The option that a complaint is about: the given one that it begins with, or `otherwise`."""
     name = message.partition(" ")[0]
-    return f"--{name.replace('_', '-')}" if given.get(name) is not None else "--method"
+    known = given.get(name) is not None
+    return f"{prefix}{name.replace('_', '-')}" if known else otherwise
 
 
 def pruning_method(

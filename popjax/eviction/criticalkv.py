@@ -81,22 +81,19 @@ def projected_lengths(v: jax.Array, o: jax.Array) -> jax.Array:
     """
     (B, K, S, _), (N, H, D) = v.shape, o.shape
     step = min(_KEYS, S)
+    # Of halves every product is exact in float32, and CPUs lack some products of halves.
+    weights = o.astype(jnp.float32).reshape(K, N // K, H, D)
+    # Without HIGHEST an accelerator multiplies float32 in passes of fewer bits, enough for halves.
     kind = jnp.promote_types(v.dtype, o.dtype)
-    weights = o.astype(kind).reshape(K, N // K, H, D)
-    # Without HIGHEST an accelerator multiplies float32 in passes of fewer bits.
     exact = jax.lax.Precision.HIGHEST if kind == jnp.float32 else None
 
     def write(i: jax.Array, out: jax.Array) -> jax.Array:
         start = jnp.minimum(i * step, S - step)
-        values = jax.lax.dynamic_slice_in_dim(v, start, step, axis=2).astype(kind)
+        values = jax.lax.dynamic_slice_in_dim(v, start, step, axis=2)
         total = jnp.zeros((B, K, step), jnp.float32)
         for g in range(N // K):
             projected = jnp.einsum(
-                "BKSH,KHD->BKSD",
-                values,
-                weights[:, g],
-                precision=exact,
-                preferred_element_type=jnp.float32,
+                "BKSH,KHD->BKSD", values.astype(jnp.float32), weights[:, g], precision=exact
             )
             total += jnp.sum(jnp.abs(projected), axis=-1)
         return jax.lax.dynamic_update_slice_in_dim(out, total / (N // K), start, axis=2)

@@ -66,7 +66,7 @@ def check_model(config: ModelConfig) -> None:
     if len(shapes) > 1:
         raise ValueError(
             f"layers have {sorted(shapes)} key/value heads and head sizes, and cache eviction "
-            "needs one pair for all: run this model without kv="
+            "needs one pair for all: run this model without it"
         )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from popjax.config import LayerConfig
 from popjax.eviction.adakv import check_share
 from popjax.eviction.allocation import Candidates, per_head
-from popjax.eviction.method import AttentionActs, KvMethod, LayerEntries, Scores, check_whole
+from popjax.eviction.method import AttentionActs, KvMethod, LayerEntries, Scores
 from popjax.eviction.windowed import attended
 from popjax.sparsity import Params
 
@@ -36,7 +36,6 @@ class H2O(KvMethod):
     recent: float = 0.5
 
     def __post_init__(self) -> None:
-        check_whole("window", self.window)
         check_share("recent", self.recent)
         super().__post_init__()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ class KvMethod:
     window: int = 32
 
     def __post_init__(self) -> None:
+        check_whole("window", self.window)
         check_budget(self.keep, self.tokens, self.least)
 
     @property
@@ -94,8 +96,8 @@ class KvMethod:
         """This method with model-dependent settings resolved; ValueError if it cannot apply."""
         if self.tokens is not None and self.tokens > config.max_positions:
             raise ValueError(
-                f"tokens {self.tokens} exceeds the model's context of {config.max_positions}: "
-                "keep fewer entries a head"
+                f"a budget of {self.tokens} entries a head exceeds the model's context of "
+                f"{config.max_positions}: keep fewer"
             )
         return self
 
@@ -104,7 +106,7 @@ class KvMethod:
         asked = self.tokens
         if asked is None:
             asked = math.floor((1.0 if self.keep is None else self.keep) * length + 0.5)
-        return min(max(asked, self.least), length)
+        return min(max(int(asked), self.least), length)
 
     @property
     def repeats(self) -> bool:
@@ -161,12 +163,12 @@ def check_budget(keep: float | None, tokens: int | None, least: int) -> None:
     if keep is not None and tokens is not None:
         raise ValueError(f"give one of keep and tokens, got keep={keep} and tokens={tokens}")
     if keep is not None and (
-        isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1
+        isinstance(keep, bool) or not isinstance(keep, numbers.Real) or not 0 < keep <= 1
     ):
         raise ValueError(f"keep {keep!r} is outside 0..1: give the share of entries that stay")
     if tokens is None:
         return
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+    if isinstance(tokens, bool) or not isinstance(tokens, numbers.Integral) or tokens < 1:
         raise ValueError(f"tokens {tokens!r} is not a whole number above 0: give entries a head")
     if tokens < least:
         raise ValueError(

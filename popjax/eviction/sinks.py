@@ -20,7 +20,6 @@ class WithSinks(KvMethod):
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        check_whole("window", self.window)
         check_whole("sinks", self.sinks)
         super().__post_init__()
 

@@ -146,6 +146,16 @@ def test_the_values_of_critical_are_projected_a_block_at_a_time() -> None:
         np.testing.assert_allclose(found[g], np.mean(norms, 0), rtol=oracles.rounding((heads,)))
 
 
+@pytest.mark.parametrize("length", [24, 300])
+def test_values_of_halves_are_projected_as_floats_would_be(length: int) -> None:
+    (heads,) = prompt(length, seed=2, layers=1)
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in (heads.v[None], heads.o)]
+    wanted = projected_lengths(*(x.astype(jnp.float32) for x in halves))
+    found = jax.jit(projected_lengths)(*halves)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wanted, rtol=oracles.rounding((heads,)))
+
+
 def compiled_bytes(run: Any, *shapes: tuple[int, ...]) -> int:
     """Temporaries of a program over float32 arrays."""
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -176,6 +186,14 @@ def test_names_lead_to_methods_and_back(name: str) -> None:
     assert type(method) is KV_METHODS[name] and method.keep == 0.25
     assert kv_method_name(method) == name
     assert hash(method) == hash(kv_method_named(name, keep=0.25))
+
+
+@pytest.mark.parametrize("kind", [KvMethod, *KV_METHODS.values()])
+@pytest.mark.parametrize("window", [-1, 2.0, "4", True, None])
+def test_every_method_checks_its_window(kind: Any, window: Any) -> None:
+    for budget in ({}, {"tokens": 64}, {"keep": 0.5}):
+        with pytest.raises(ValueError, match=f"window {window!r} is not a whole number"):
+            kind(window=window, **budget)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,14 @@ def damaged(tmp_path: Path, how: str) -> Path:
     if how == "range":
         lengths = held.kept.lengths.at[0, 0, 0].set(10_000)
         held = dataclasses.replace(held, kept=dataclasses.replace(held.kept, lengths=lengths))
+    if how == "overflow":
+        starts = held.kept.starts.at[0, 0, 0].set(2**31 - 16)
+        lengths = held.kept.lengths.at[0, 0, 0].set(2**31 - 1)
+        kept = dataclasses.replace(held.kept, starts=starts, lengths=lengths)
+        held = dataclasses.replace(held, kept=kept)
+    if how == "nan":
+        entries = held.kept.entries.at[0, 0].set(jnp.nan)
+        held = dataclasses.replace(held, kept=dataclasses.replace(held.kept, entries=entries))
     if how == "model":
         held = dataclasses.replace(held, fingerprint="0" * 32)
     if how == "arrays":
@@ -121,6 +129,8 @@ def damaged(tmp_path: Path, how: str) -> Path:
         "version": f"version '{VERSION}0'",
         "kind": "not a context",
         "range": "damaged",
+        "overflow": "damaged",
+        "nan": "not finite",
         "model": "another model",
         "arrays": "holds arrays",
         "truncated": "truncated",
@@ -156,6 +166,7 @@ def test_a_context_of_another_dtype_is_refused(tmp_path: Path) -> None:
         ({"keep": "half"}, "outside 0..1"),
         ({"keep": 0.5, "tokens": 64}, "one of keep and tokens"),
         ({"keep": 0.5, "window": 0}, "window"),
+        ({"tokens": np.float32(8)}, "whole number above 0"),
         ({"keep": 0.5, "pooling": 4}, "even"),
         ({"keep": 0.5, "values": "some"}, "unknown"),
         ({"keep": 0.5, "scope": "house"}, "unknown"),
@@ -165,6 +176,16 @@ def test_bad_settings_are_one_sentence(settings: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words) as raised:
         LaProx(**settings)
     assert "\n" not in str(raised.value)
+
+
+def test_budgets_may_come_from_numpy() -> None:
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({"tokens": np.int64(8)}, 8),
+        ({"keep": np.float32(0.5)}, len(DOCUMENT) // 2),
+    ]
+    for budget, entries in cases:
+        kept = ran([DOCUMENT], eviction=SnapKV(window=4, **budget)).kept
+        assert kept is not None and (np.asarray(kept.lengths) == entries).all()
 
 
 def test_a_budget_above_the_context_is_refused() -> None:
@@ -264,10 +285,22 @@ def test_a_budget_that_nothing_exceeds_changes_nothing_while_decoding() -> None:
     assert_close(moved, dense)
 
 
+@pytest.mark.parametrize("tokens", [8, 14])
+def test_entries_are_counted_against_all_that_competed(tokens: int) -> None:
+    """Tokens decoded before the last cut may be among what stays, so they are counted too."""
+    prompts, new = [DOCUMENT[:11], DOCUMENT[:2]], 30
+    asked = Request(prompts, new, eos_ids=(VOCAB,), eviction=SnapKV(tokens=tokens, window=4))
+    result = run(PARAMS, CONFIG, dataclasses.replace(asked, evict_every=6))
+    assert result.pooled_tokens == 11 + 2 + 2 * 24
+    found = cache_reports(result.kept, CONFIG, result.pooled_tokens)
+    assert found is not None
+    assert all(layer.entries == 2 * 2 * tokens < layer.dense_entries for layer in found)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"evict_every": 0, "eviction": EVICTION}, "evict_every 0"),
+        ({"evict_every": 0, "eviction": EVICTION}, "kv_every 0"),
         ({"evict_every": 2, "eviction": EVICTION}, "below the window"),
         ({"evict_every": 8, "eviction": LaProx(keep=0.5, window=4)}, "budget in tokens"),
         ({"evict_every": 8}, "budget in tokens"),

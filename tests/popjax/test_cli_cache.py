@@ -73,6 +73,34 @@ def test_wrong_options_are_wrong_usage(command: Any, arguments: list[str], words
     assert words in " ".join(result.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--kv", "tova", "--kv-keep", "0.5", "--kv-window", "0"], "--kv-window: window 0"),
+        (["--kv-keep", "2"], "--kv-keep: keep 2.0 is outside"),
+        (["--kv-tokens", "8"], "--kv-tokens: tokens 8 is below"),
+        (["--kv-keep", "0.5", "--kv-tokens", "40"], "--kv-keep / --kv-tokens: give one"),
+        (["--kv-every", "40"], "--kv-every: --kv-every needs"),
+        (["--kv-keep", "0.5", "--kv-every", "40"], "give --kv-tokens=256"),
+        (["--kv", "h2o", "--kv-tokens", "40", "--kv-every", "40"], "--kv-every: H2O scores"),
+        (["--kv-tokens", "40", "--kv-every", "8"], "--kv-every: --kv-every 8 is below the window"),
+        (["--kv-tokens", "40", "--prefill-chunk", "8"], "--prefill-chunk: --prefill-chunk 8 is"),
+        (["--ratio", "0.5", "--prefill-chunk", "8"], "leave out --prefill-chunk, or let the prompt "
+         "run dense (online-pruning with --prefill dense)"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_names_options_as_they_are_written(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], flag: str
+) -> None:
+    """Before any weight is read: there are none at this path."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    result = CliRunner().invoke(app, ["generate", PROMPT, "--model", "no/where", *arguments])
+    assert result.exit_code == 2
+    shown = " ".join(result.stderr.replace("│", " ").split())
+    assert flag in shown
+    assert "kv_" not in shown and "prefill_" not in shown
+
+
 def test_the_picture_of_a_cache(command: Any, model: LanguageModel, tmp_path: Path) -> None:
     file = tmp_path / "cache.png"
     arguments = ("--kv", "snapkv", "--kv-tokens", "6", "--kv-window", "3", "-o", str(file))

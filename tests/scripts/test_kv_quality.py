@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import popjax
-from popjax.continuation import continuation_logits
+from popjax.continuation import continuation_logits, continuation_logprobs
 from popjax.eviction import KvMethod, kv_method_named
 from popjax.methods import Method
 from popjax.run import Request, run
@@ -62,6 +62,24 @@ def test_one_prefill_serves_every_method_as_its_own_would(
     first, *others = found.values()
     assert all(np.abs(first - other)[1:].max() > 1e-2 for other in others)
     assert all(np.array_equal(first[0], other[0]) for other in others)
+
+
+def test_the_script_measures_what_each_method_does_alone(model: Any) -> None:
+    """Whatever its settings, and at a budget of everything, where it listens to nothing."""
+    cases: dict[tuple[str, float], KvMethod | None] = {(DENSE, 1.0): None}
+    for name, keep, options in (
+        ("kvzip", 1.0, {"piece": 8, "instruction_ids": (9, 2)}),
+        ("kvzip", 0.4, {"piece": 8, "instruction_ids": (9, 2)}),
+        ("snapkv", 0.4, {"window": 3}),
+    ):
+        cases[name, keep] = kv_method_named(name, keep=keep, **options)
+    window = [*PROMPTS[1], *FOLLOWING]
+    found = kv_quality.perplexities(model, [window], len(PROMPTS[1]), cases).windows
+    for case, eviction in cases.items():
+        arguments = (model.params, model.config, Method(), PROMPTS[1], FOLLOWING)
+        alone = continuation_logprobs(*arguments, eviction=eviction)
+        np.testing.assert_allclose(found[case], -alone.mean(), atol=2e-5)
+    assert len({round(losses[0], 3) for losses in found.values()}) == 3
 
 
 def test_a_budget_of_everything_is_the_dense_cache(prefilled: Prefilled) -> None:

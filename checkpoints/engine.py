@@ -18,6 +18,7 @@ import numpy as np
 
 from checkpoints import buffers
 from checkpoints.errors import CheckpointError, few
+from checkpoints.slices import Assembly, parent_of, parts_of
 from checkpoints.source import PLAIN_FLOATS, QUANTISED, TensorSource
 from checkpoints.transforms import TRANSFORMS
 
@@ -35,7 +36,8 @@ class HasShape(Protocol):
 class Row:
     """One line of a converter table: `source` "layers.{i}.q.weight" -> `target` "layer_{i}/q".
 
-    A `{letter}` stands for a whole number. `transform` names an entry of `TRANSFORMS`.
+    A `{letter}` stands for a whole number. `transform` names an entry of `TRANSFORMS`. A target
+    that ends in "[{letter}]" is one slice of a parameter, along its first axis.
     `ValueError` for an unknown transform or placeholders that differ.
     """
 
@@ -111,15 +113,21 @@ def convert(
     flat: dict[str, Any] = {}
     damaged: list[str] = []
     jobs = _plan(source, rows, expected, ignore)
-    arena = _arena(jobs, wanted) if place is None else None
+    arena = _arena(expected, wanted) if place is None else None
+    assembly = Assembly(job.target for job in jobs)
     for job in jobs:
         array = _load(source, job, wanted, arena)
         if check_tensors and (count := _count_non_finite(array)):
             damaged.append(f"{job.source} ({count} of {array.size} values)")
+        path, index = parent_of(job.target)
+        if index is not None:
+            array = _assembled(assembly, path, index, array, expected[path], arena)
+            if array is None:
+                continue
         # Not jnp.asarray, which makes one more copy.
-        placed = jax.device_put(array) if place is None else place(job.target, array)
+        placed = jax.device_put(array) if place is None else place(path, array)
         # Transfers run in the background; without waiting, host copies would pile up.
-        flat[job.target] = jax.block_until_ready(placed)
+        flat[path] = jax.block_until_ready(placed)
         del array, placed
     if damaged:
         raise CheckpointError(
@@ -128,17 +136,37 @@ def convert(
     return nested({path: flat[path] for path in expected})
 
 
-def _arena(jobs: Sequence[_Job], dtype: np.dtype) -> buffers.Arena | None:
+def _arena(expected: Mapping[str, HasShape], dtype: np.dtype) -> buffers.Arena | None:
     """Where all weights will lie side by side; None where devices have memory of their own."""
     if jax.default_backend() != "cpu":
         return None
-    return buffers.Arena(jax.ShapeDtypeStruct(job.shape, dtype) for job in jobs)
+    shapes = (tuple(whole.shape) for whole in expected.values())
+    return buffers.Arena(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+
+
+def _assembled(
+    assembly: Assembly,
+    path: str,
+    index: int,
+    part: np.ndarray,
+    whole: HasShape,
+    arena: buffers.Arena | None,
+) -> np.ndarray | None:
+    """The parameter at `path`, slice `index` of which is `part`, where all its slices are there."""
+    array = assembly.held(path)
+    if array is None:
+        make = buffers.empty if arena is None else arena.empty
+        array = make(tuple(whole.shape), part.dtype)
+    array[index] = part
+    return assembly.add(path, array)
 
 
 def _load(
     source: TensorSource, job: _Job, dtype: np.dtype, arena: buffers.Arena | None
 ) -> np.ndarray:
     array = TRANSFORMS[job.transform].forward(source.read(job.source), job.shape)
+    if parent_of(job.target)[1] is not None:
+        arena = None  # copied from here to its place in the whole
     try:
         with np.errstate(over="raise"):
             return _contiguous(array, dtype, arena)
@@ -170,6 +198,7 @@ def _plan(
 ) -> list[_Job]:
     """What to read in file order, or one `CheckpointError` that lists every mismatch by kind."""
     ignored = [compile_pattern(pattern) for pattern in ignore]
+    expected = _targets(expected, rows)
     jobs: list[_Job] = []
     extra, ambiguous, dtypes, shapes = [], [], [], []
     for name in source.names():
@@ -202,6 +231,17 @@ def _plan(
         },
     )
     return jobs
+
+
+def _targets(expected: Mapping[str, HasShape], rows: Sequence[Row]) -> dict[str, HasShape]:
+    """What the rows can set, and its shape: each expected parameter, or each of its slices."""
+    targets: dict[str, HasShape] = {}
+    for path, whole in expected.items():
+        shape = tuple(whole.shape)
+        parts = parts_of(path, shape, rows)
+        one = whole if parts == [path] else jax.ShapeDtypeStruct(shape[1:], np.float32)
+        targets |= dict.fromkeys(parts, one)
+    return targets
 
 
 def _doubled(jobs: Sequence[_Job]) -> list[str]:

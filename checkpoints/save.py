@@ -17,6 +17,7 @@ from checkpoints.atomic import new_folder
 from checkpoints.engine import Row
 from checkpoints.errors import CheckpointError, few
 from checkpoints.folders import INDEX, SINGLE, is_plain_name
+from checkpoints.slices import parent_of, targets_of
 from checkpoints.transforms import TRANSFORMS
 
 DEFAULT_SHARD_BYTES = 5 * 2**30
@@ -31,7 +32,7 @@ def export(tree: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[tuple[str, 
     leaves = dict(_leaves(tree, ""))
     unmatched, ambiguous = [], []
     found: dict[str, tuple[str, Row]] = {}
-    for path in leaves:
+    for path in targets_of(leaves, rows):
         matches = [(name, row) for row in rows if (name := row.to_source(path)) is not None]
         if not matches:
             unmatched.append(path)
@@ -50,11 +51,10 @@ def export(tree: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[tuple[str, 
 def _inverted(
     leaves: Mapping[str, Any], found: Mapping[str, tuple[str, Row]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for name, (path, row) in found.items():
-        yield (
-            name,
-            np.asarray(TRANSFORMS[row.transform].inverse(np.asarray(leaves[path])), order="C"),
-        )
+    for name, (target, row) in found.items():
+        path, index = parent_of(target)
+        part = leaves[path] if index is None else leaves[path][index]
+        yield name, np.asarray(TRANSFORMS[row.transform].inverse(np.asarray(part)), order="C")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

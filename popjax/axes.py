@@ -9,6 +9,7 @@ there is no catch-all.
     N query heads      K key/value heads   G queries per K     H head size
     F FFN channels     R retained          C candidate         V vocabulary      L layers
     A gate width       Z sinks of a gate
+    E experts held     M channels of one expert     X experts that a router chooses among
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ PARAMETERS: dict[str, str] = {
     "layer_{i}/attn/o_bias": "D",
     "layer_{i}/attn/q_norm": "H",
     "layer_{i}/attn/k_norm": "H",
+    # Over all heads of a token at once.
+    "layer_{i}/attn/q_all_norm": "NH",
+    "layer_{i}/attn/k_all_norm": "KH",
     # Gates that score cache entries, trained for a model and no part of it: no model's own
     # parameters (`parameter_paths`) have them, `popjax.eviction.gates` adds them.
     "layer_{i}/attn/kv_gate/q": "KGAD",
@@ -53,6 +57,17 @@ PARAMETERS: dict[str, str] = {
     "layer_{i}/mlp/gate": "FD",
     "layer_{i}/mlp/up": "FD",
     "layer_{i}/mlp/down": "FD",
+    # A mesh splits experts among devices, never the channels of one, and every device routes all
+    # tokens: hence letters of their own for channels of an expert and for what a router chooses of.
+    "layer_{i}/moe/router": "XD",
+    "layer_{i}/moe/gate": "EMD",
+    "layer_{i}/moe/up": "EMD",
+    "layer_{i}/moe/down": "EMD",
+    # What every token uses beside its experts, and a weight for it by the token.
+    "layer_{i}/shared/gate": "FD",
+    "layer_{i}/shared/up": "FD",
+    "layer_{i}/shared/down": "FD",
+    "layer_{i}/moe/shared_gate": "D",
 }
 
 # Width of a gate's queries and keys, and its learned sink keys (arXiv 2601.17668: 16 and 16).
@@ -67,6 +82,7 @@ TENSOR_PARALLEL: Rules = {
     "N": ("model", "group"),
     "K": "model",
     "F": ("model", "group"),
+    "E": ("model", "group"),
     "V": ("model", "group"),
 }
 
@@ -107,6 +123,9 @@ def sizes(config: ModelConfig, layer: LayerConfig | None = None) -> dict[str, in
             "A": GATE_WIDTH,
             "Z": GATE_SINKS,
         }
+        if layer.moe is not None:
+            moe = layer.moe
+            known |= {"E": moe.here, "M": moe.expert_dim, "X": moe.num_experts}
     return known
 
 
@@ -124,8 +143,17 @@ def _layer_paths(config: ModelConfig, layer: LayerConfig) -> Iterator[str]:
     if config.o_bias:
         yield "attn/o_bias"
     if config.qk_norm:
-        yield from ("attn/q_norm", "attn/k_norm")
-    yield from ("mlp_norm/scale", "mlp/gate", "mlp/up", "mlp/down")
+        infix = "" if config.qk_norm_over == "head" else "all_"
+        yield from (f"attn/q_{infix}norm", f"attn/k_{infix}norm")
+    yield "mlp_norm/scale"
+    if layer.moe is None:
+        yield from ("mlp/gate", "mlp/up", "mlp/down")
+        return
+    yield from ("moe/router", "moe/gate", "moe/up", "moe/down")
+    if layer.mlp_dim:
+        yield from ("shared/gate", "shared/up", "shared/down")
+    if layer.moe.shared_gate:
+        yield "moe/shared_gate"
 
 
 def parameter_paths(config: ModelConfig) -> tuple[str, ...]:
@@ -178,6 +206,11 @@ def _axes_of(letter: str, rules: Rules, mesh_axes: Iterable[str] | None) -> tupl
     found = rules.get(letter, ())
     names = (found,) if isinstance(found, str) else found
     return tuple(name for name in names if mesh_axes is None or name in mesh_axes)
+
+
+def mesh_axes(letter: str, present: Iterable[str]) -> tuple[str, ...]:
+    """Of the mesh axes that are present, those that split a letter."""
+    return _axes_of(letter, TENSOR_PARALLEL, present)
 
 
 def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:

@@ -137,7 +137,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
 
 def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
     """What decode steps run on; ValueError where that cannot serve the request."""
-    matrix = params["layer_0"]["mlp"]["down"]
+    # The kernels of accelerators serve FFNs that are not experts.
+    layers = (held for name, held in params.items() if name.startswith("layer_"))
+    matrix = next((held["mlp"]["down"] for held in layers if "mlp" in held), None)
     asked, vectors = request.options.implementation, len(request.prompts)
     found = implementation_for(asked, params, matrix, vectors)
     if request.options.pack:
@@ -148,7 +150,7 @@ def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
     return found
 
 
-def _index_obstacle(implementation: str, matrix: jax.Array, mesh: Mesh | None) -> str | None:
+def _index_obstacle(implementation: str, matrix: jax.Array | None, mesh: Mesh | None) -> str | None:
     """Why decode steps cannot fetch rows of w [F, D] or tiles by index, and what to do instead."""
     if mesh is not None:
         return f"which needs one device, and the weights lie on {mesh.size}: leave pack=True"
@@ -157,7 +159,7 @@ def _index_obstacle(implementation: str, matrix: jax.Array, mesh: Mesh | None) -
             f"which only the kernels of an accelerator do, and decode steps run on "
             f"{implementation!r} here: leave pack=True"
         )
-    if implementation == "pallas_gpu" or matrix.ndim == 3:
+    if implementation == "pallas_gpu" or matrix is None or matrix.ndim == 3:
         return None
     whole = LANES * tile_rows(matrix.dtype)
     if matrix.shape[1] % whole:

@@ -6,11 +6,12 @@ import difflib
 from typing import Any
 
 from popjax.config import ModelConfig
-from popjax.families import llama, mistral, qwen2, qwen3
+from popjax.families import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
 from popjax.families.family import Family
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe)
 }
 
 

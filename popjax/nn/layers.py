@@ -77,8 +77,7 @@ class Attention(nn.Module):
         """
         q, k, v = self._heads(x)
         if self.config.qk_norm:
-            q = ops.rms_norm(q, declare(self, "q_norm", self.config), self.config.norm_eps)
-            k = ops.rms_norm(k, declare(self, "k_norm", self.config), self.config.norm_eps)
+            q, k = self._normed(q, "q"), self._normed(k, "k")
         q, k = ops.rotate(q, table), ops.rotate(k, table)
         cache = write_layer(cache, k, v, slot)
         out = ops.cached_attention(
@@ -89,6 +88,18 @@ class Attention(nn.Module):
         if self.config.o_bias:
             y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
         return y, cache, AttentionActs(x, q, cache.k, cache.v, *positions, slot)
+
+    def _normed(self, heads: jax.Array, name: str) -> jax.Array:
+        """RMS norm of q or k [B, T, heads, H], over each head or all of them."""
+        config, shards = self.config, None
+        if config.qk_norm_over == "head":
+            scale = declare(self, f"{name}_norm", config)
+        else:
+            scale = declare(self, f"{name}_all_norm", config)
+            if self.shards is not None:
+                # Devices of a group hold the same keys, which must not count twice.
+                shards = axes.mesh_axes("N" if name == "q" else "K", self.shards)
+        return ops.rms_norm(heads, scale, config.norm_eps, shards)
 
     def _heads(self, x: jax.Array) -> list[jax.Array]:
         weights = [declare(self, name, self.config) for name in "qkv"]

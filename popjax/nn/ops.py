@@ -26,11 +26,19 @@ from popjax.config import RopeConfig
 QUERY_BLOCK = 512
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis of x [..., D], times scale [D]."""
+def rms_norm(
+    x: jax.Array, scale: jax.Array, eps: float, shards: tuple[str, ...] | None = None
+) -> jax.Array:
+    """Root-mean-square norm over the last axes of x [..., D] or [..., N, H], those of scale.
+
+    `shards`: the mesh axes that split these axes into equal parts.
+    """
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    shape = (1,) * (x.ndim - 1) + scale.shape
+    mean = jnp.mean(x32 * x32, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+    if shards is not None:
+        mean = jax.lax.pmean(mean, shards)
+    inverse = jax.lax.rsqrt(mean + eps)
+    shape = (1,) * (x.ndim - scale.ndim) + scale.shape
     return ((x32 * inverse).astype(x.dtype)) * scale.astype(x.dtype).reshape(shape)
 
 

@@ -22,6 +22,7 @@ from popjax.config import LayerConfig, ModelConfig
 from popjax.eviction.method import KvMethod
 from popjax.methods.method import Method
 from popjax.nn import ops
+from popjax.nn.experts import Moe
 from popjax.nn.layers import Attention, Mlp, Norm, declare, summed
 from popjax.sparsity import Params, Partitions
 
@@ -101,7 +102,15 @@ class Block(nn.Module):
         place = (self.implementation, self.shards)
         self.attn = Attention(self.config, self.layer, *place)
         self.mlp_norm = Norm(self.config)
-        self.mlp = Mlp(self.config, self.layer, self.method, *place)
+        if self.layer.moe is None:
+            self.mlp = Mlp(self.config, self.layer, self.method, *place)
+        else:
+            if self.layer.mlp_dim:
+                # What every token uses stays dense.
+                self.shared = Mlp(self.config, self.layer, Method(), *place)
+            beside = self.shared if self.layer.mlp_dim else None
+            self.moe = Moe(self.config, self.layer, self.method, *place, beside)
+        self.ffn = self.mlp if self.layer.moe is None else self.moe
 
     def attend(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Any, Any]:
         y, cache, acts = self.attn(self.attn_norm(x), *context)
@@ -110,12 +119,12 @@ class Block(nn.Module):
 
     def prefill(self, x: jax.Array, valid: jax.Array, given: Any, *context: Any) -> Any:
         x, cache, seen = self.attend(x, *context)
-        y, statistic = self.mlp.prefill(self.mlp_norm(x), x, valid, given)
+        y, statistic = self.ffn.prefill(self.mlp_norm(x), x, valid, given)
         return x + summed(y, self.shards), cache, (statistic, seen)
 
     def decode(self, x: jax.Array, valid: jax.Array, part: Any, mask: Any, *context: Any) -> Any:
         x, cache, seen = self.attend(x, *context)
-        y, mask = self.mlp.decode(self.mlp_norm(x), valid, part, mask)
+        y, mask = self.ffn.decode(self.mlp_norm(x), valid, part, mask)
         return x + summed(y, self.shards), cache, (mask, seen)
 
 

@@ -51,6 +51,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 UPPER_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 # Name of the case: configuration class of transformers, and what it is given beside the sizes.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -59,6 +60,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 5}),
     "qwen2": ("Qwen2Config", UPPER_WINDOW),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mixtral": ("MixtralConfig", {**EXPERTS, "num_local_experts": 6, "sliding_window": 5}),
+    # The upper layer is dense.
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    ),
+    "qwen2-moe-windows": (
+        "Qwen2MoeConfig",
+        {**EXPERTS, **UPPER_WINDOW, "norm_topk_prob": True, "decoder_sparse_step": 2},
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", EXPERTS),
 }
 _RNG = np.random.default_rng(7)
 # 16 fills its bucket, so nothing is padded; the others are unequal and longer than any window.

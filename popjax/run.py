@@ -229,7 +229,7 @@ def _mask_buffers(
     if packed is None or not request.options.record_masks:
         return None
     device = None if mesh is None else sharding.named("TBF", mesh)
-    shapes = ((room - 1, rows, part.evaluated) for part in packed)
+    shapes = ((room - 1, rows, renumbering.mask_columns(part, mesh)) for part in packed)
     return tuple(jnp.zeros(shape, bool, device=device) for shape in shapes)
 
 

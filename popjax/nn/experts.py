@@ -169,8 +169,13 @@ class Moe(nn.Module):
             return recorded
         shape = (*rows, self._moe.top_k)
         assert math.prod(shape) == h.shape[0], "one row a pair of a token and an expert"
-        given = (h.reshape(*shape, -1), routes.experts.reshape(shape), part)
-        return expert_mask(*given, **self.method.expert_selection(), channels=channels)
+        experts = routes.experts.reshape(shape)
+        given = (h.reshape(*shape, -1), experts, part)
+        mask = expert_mask(*given, **self.method.expert_selection(), channels=channels)
+        if self.shards is None:
+            return mask
+        # Of experts elsewhere nothing is on here, so that the masks of devices add up.
+        return mask & (experts < self._moe.here)[..., None]
 
 
 def _by_expert(mask: jax.Array | None, moe: MoeConfig) -> jax.Array | None:

@@ -107,7 +107,8 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         outputs, kept = after_eviction(params, asked, outputs)
         jax.block_until_ready(kept)
     with clock.phase("plan"):
-        partition = partition or plan_channels(outputs.statistics, config, method, mesh)
+        if partition is None:
+            partition = plan_channels(outputs.statistics, config, method, mesh, params)
     packed_params, packed_config, packed = params, config, None
     with clock.phase("pack"):
         if partition is not None:
@@ -126,7 +127,7 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         refresh = _refresher(request, packed_params, packed, packed_config, method, asked)
         arguments = (packed_params, packed, replay, values)
         state, kept = _decode(state, arguments, kept, static, request, refresh)
-    _check_finite(state)
+    _check_finite(state, params)
     compilations = PROGRAMS.compilations - compiled
     extra = _extra_bytes(params, packed_params)
     partition = renumbering.from_shards(partition, config, mesh)
@@ -200,25 +201,39 @@ def _arguments(
 
 
 def plan_channels(
-    statistics: tuple[Any, ...], config: ModelConfig, method: Method, mesh: Mesh | None = None
+    statistics: tuple[Any, ...],
+    config: ModelConfig,
+    method: Method,
+    mesh: Mesh | None = None,
+    params: Params | None = None,
 ) -> Partitions | None:
     """The method's partition of every layer, None for dense; ValueError for scores not finite."""
     plan, finite = PROGRAMS.plan(statistics, config=config, method=method, mesh=mesh)
     bad = np.flatnonzero(~np.asarray(finite)).tolist()
     if bad:
         raise ValueError(
-            f"channel scores of layers {bad[:8]} are not finite for this prompt: the weights or "
-            "the dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
+            f"channel scores of layers {bad[:8]} are not finite for this prompt: "
+            f"{_culprit(params)}; check the checkpoint (check_tensors=True) or load it in float32"
         )
     check_evaluated(method, config, [part.evaluated for part in plan.channels or ()])
     return plan.channels
 
 
-def _check_finite(state: DecodeState) -> None:
+def _culprit(params: Params | None) -> str:
+    """Why numbers of a run are not finite: routers that are not, or a guess."""
+    layers = {} if params is None else params
+    routers = {name: held["moe"]["router"] for name, held in layers.items() if "moe" in held}
+    bad = [name for name, router in routers.items() if not bool(jnp.all(jnp.isfinite(router)))]
+    if bad:
+        return f"the router of {', '.join(bad[:8])} has NaN or infinities"
+    return "the weights or the dtype overflow"
+
+
+def _check_finite(state: DecodeState, params: Params) -> None:
     bad = np.flatnonzero(~np.asarray(state.finite)).tolist()
     if bad:
         raise ValueError(
-            f"logits of rows {bad[:8]} are not finite: the weights or the dtype overflow; check "
+            f"logits of rows {bad[:8]} are not finite: {_culprit(params)}; check "
             "the checkpoint (check_tensors=True) or load it in float32"
         )
 

@@ -20,7 +20,11 @@ RECORDED = Options(record_masks=True, logits=True, implementation="xla")
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("qwen2_moe", "model=4"), ("olmoe", "model=2,group=2")]
+    ("family", "name"),
+    [
+        pytest.param("qwen2_moe", "model=4", marks=pytest.mark.slow),
+        ("olmoe", "model=2,group=2"),
+    ],
 )
 def test_dense_on_a_mesh_is_dense_on_one_device(family: str, name: str) -> None:
     config, params, spread = case(family, name)
@@ -35,7 +39,7 @@ def test_dense_on_a_mesh_is_dense_on_one_device(family: str, name: str) -> None:
     assert held["router"].addressable_shards[0].data.shape[0] == 8
 
 
-@pytest.mark.parametrize("method", [ONLINE, WHOLE], ids=["online", "whole-and-shared"])
+@pytest.mark.parametrize("method", [ONLINE, pytest.param(WHOLE, marks=pytest.mark.slow)])
 def test_pruned_on_a_mesh_is_pruned_on_one_device(method: OnlinePruning) -> None:
     """Experts are ranked whole, so unlike channels that are split they need no replay."""
     config, params, spread = case("olmoe", "model=2,group=2")

@@ -19,6 +19,7 @@ import numpy as np
 from checkpoints import buffers
 from checkpoints.errors import CheckpointError, few
 from checkpoints.fused import FUSIONS
+from checkpoints.slices import Assembly, parent_of, parts_of
 from checkpoints.source import PLAIN_FLOATS, QUANTISED, TensorSource
 from checkpoints.transforms import TRANSFORMS
 
@@ -37,7 +38,8 @@ class Row:
     """One line of a converter table: `source` "layers.{i}.q.weight" -> `target` "layer_{i}/q".
 
     A `{letter}` stands for a whole number. `transform` names an entry of `TRANSFORMS`, or of
-    `FUSIONS` where a tuple of targets lies in one tensor. `ValueError` for an unknown transform or
+    `FUSIONS` where a tuple of targets lies in one tensor. A target that ends in "[{letter}]" is one
+    slice of a parameter, along its first axis. `ValueError` for an unknown transform or
     placeholders that differ.
     """
 
@@ -138,15 +140,21 @@ def convert(
     flat: dict[str, Any] = {}
     damaged: list[str] = []
     jobs = _plan(source, rows, expected, ignore)
-    arena = _arena(jobs, wanted) if place is None else None
+    arena = _arena(expected, wanted) if place is None else None
+    assembly = Assembly(target for job in jobs for target in job.targets)
     for job in jobs:
         for target, array in _load(source, job, wanted, arena):
             if check_tensors and (count := _count_non_finite(array)):
                 damaged.append(f"{job.source} ({count} of {array.size} values)")
+            path, index = parent_of(target)
+            if index is not None:
+                array = _assembled(assembly, path, index, array, expected[path], arena)
+                if array is None:
+                    continue
             # Not jnp.asarray, which makes one more copy.
-            placed = jax.device_put(array) if place is None else place(target, array)
+            placed = jax.device_put(array) if place is None else place(path, array)
             # Transfers run in the background; without waiting, host copies would pile up.
-            flat[target] = jax.block_until_ready(placed)
+            flat[path] = jax.block_until_ready(placed)
             del array, placed
     if damaged:
         raise CheckpointError(
@@ -155,12 +163,29 @@ def convert(
     return nested({path: flat[path] for path in expected})
 
 
-def _arena(jobs: Sequence[_Job], dtype: np.dtype) -> buffers.Arena | None:
+def _arena(expected: Mapping[str, HasShape], dtype: np.dtype) -> buffers.Arena | None:
     """Where all weights will lie side by side; None where devices have memory of their own."""
     if jax.default_backend() != "cpu":
         return None
-    shapes = (shape for job in jobs for shape in job.shapes)
+    shapes = (tuple(whole.shape) for whole in expected.values())
     return buffers.Arena(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+
+
+def _assembled(
+    assembly: Assembly,
+    path: str,
+    index: int,
+    part: np.ndarray,
+    whole: HasShape,
+    arena: buffers.Arena | None,
+) -> np.ndarray | None:
+    """The parameter at `path`, slice `index` of which is `part`, where all its slices are there."""
+    array = assembly.held(path)
+    if array is None:
+        make = buffers.empty if arena is None else arena.empty
+        array = make(tuple(whole.shape), part.dtype)
+    array[index] = part
+    return assembly.add(path, array)
 
 
 def _load(
@@ -169,8 +194,10 @@ def _load(
     parts = job.row.forward(source.read(job.source), job.shapes)
     try:
         for target, part in zip(job.targets, parts, strict=True):
+            # A slice is copied from here to its place in the whole.
+            place = arena if parent_of(target)[1] is None else None
             with np.errstate(over="raise"):
-                array = _contiguous(part, dtype, arena)
+                array = _contiguous(part, dtype, place)
             yield target, array
             del array
     except FloatingPointError as error:
@@ -201,6 +228,7 @@ def _plan(
 ) -> list[_Job]:
     """What to read in file order, or one `CheckpointError` that lists every mismatch by kind."""
     ignored = [compile_pattern(pattern) for pattern in ignore]
+    expected = _targets(expected, rows)
     jobs: list[_Job] = []
     extra, ambiguous, dtypes, shapes = [], [], [], []
     for name in source.names():
@@ -233,6 +261,17 @@ def _plan(
         },
     )
     return jobs
+
+
+def _targets(expected: Mapping[str, HasShape], rows: Sequence[Row]) -> dict[str, HasShape]:
+    """What the rows can set, and its shape: each expected parameter, or each of its slices."""
+    targets: dict[str, HasShape] = {}
+    for path, whole in expected.items():
+        shape = tuple(whole.shape)
+        parts = parts_of(path, shape, rows)
+        one = whole if parts == [path] else jax.ShapeDtypeStruct(shape[1:], np.float32)
+        targets |= dict.fromkeys(parts, one)
+    return targets
 
 
 def _doubled(jobs: Sequence[_Job]) -> list[str]:

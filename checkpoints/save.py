@@ -17,6 +17,7 @@ from checkpoints.atomic import new_folder
 from checkpoints.engine import Row
 from checkpoints.errors import CheckpointError, few
 from checkpoints.folders import INDEX, SINGLE, is_plain_name
+from checkpoints.slices import parent_of, targets_of
 
 DEFAULT_SHARD_BYTES = 5 * 2**30
 
@@ -31,10 +32,11 @@ def export(tree: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[tuple[str, 
     leaves = dict(_leaves(tree, ""))
     unmatched, ambiguous = [], []
     found: dict[str, tuple[tuple[str, ...], Row]] = {}
-    for path in leaves:
+    targets = targets_of(leaves, rows)
+    for path in targets:
         matches = [(name, row) for row in rows if (name := row.to_source(path)) is not None]
         paths = (matches[0][1].to_targets(matches[0][0]) or ()) if matches else ()
-        if not matches or not all(each in leaves for each in paths):
+        if not matches or not all(each in targets for each in paths):
             unmatched.append(path)
         elif len(matches) > 1 or found.get(matches[0][0], (paths,))[0] != paths:
             ambiguous.append(f"{path} -> {' or '.join(name for name, _ in matches)}")
@@ -51,7 +53,13 @@ def _inverted(
     leaves: Mapping[str, Any], found: Mapping[str, tuple[tuple[str, ...], Row]]
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name, (paths, row) in found.items():
-        yield name, np.asarray(row.inverse([np.asarray(leaves[p]) for p in paths]), order="C")
+        parts = [np.asarray(_part(leaves, path)) for path in paths]
+        yield name, np.asarray(row.inverse(parts), order="C")
+
+
+def _part(leaves: Mapping[str, Any], target: str) -> Any:
+    path, index = parent_of(target)
+    return leaves[path] if index is None else leaves[path][index]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

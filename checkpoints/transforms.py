@@ -83,6 +83,7 @@ def _unpermute_inverse(array: np.ndarray) -> np.ndarray:
 TRANSFORMS: Mapping[str, Transform] = MappingProxyType(
     {
         "same": Transform(_same_shape, lambda a, target: a, lambda a: a),
+        "row": Transform(lambda target: (1, *target), lambda a, target: a[0], lambda a: a[None]),
         "split": Transform(_split_shape, lambda a, target: a.reshape(target), _split_inverse),
         "transpose": Transform(_transpose_shape, lambda a, target: a.T, lambda a: a.T),
         "transpose_split": Transform(

@@ -8,7 +8,8 @@ there is no catch-all.
     B batch            T query positions   S cache positions   D model width
     N query heads      K key/value heads   G queries per K     H head size
     F FFN channels     R retained          C candidate         V vocabulary      L layers
-    A gate width       Z sinks of a gate  P rows of learned positions
+    A gate width       Z sinks of a gate   P rows of learned positions
+    E experts held     M channels of one expert     X experts that a router chooses among
 """
 
 from __future__ import annotations
@@ -67,6 +68,17 @@ PARAMETERS: dict[str, str] = {
     # Of up: packed like its rows. That of down belongs to no channel, so it lies outside.
     "layer_{i}/mlp/up_bias": "F",
     "layer_{i}/mlp_bias": "D",
+    # A mesh splits experts among devices, never the channels of one, and every device routes all
+    # tokens: hence letters of their own for channels of an expert and for what a router chooses of.
+    "layer_{i}/moe/router": "XD",
+    "layer_{i}/moe/gate": "EMD",
+    "layer_{i}/moe/up": "EMD",
+    "layer_{i}/moe/down": "EMD",
+    # What every token uses beside its experts, and a weight for it by the token.
+    "layer_{i}/shared/gate": "FD",
+    "layer_{i}/shared/up": "FD",
+    "layer_{i}/shared/down": "FD",
+    "layer_{i}/moe/shared_gate": "D",
 }
 
 # Width of a gate's queries and keys, and its learned sink keys (arXiv 2601.17668: 16 and 16).
@@ -81,6 +93,7 @@ TENSOR_PARALLEL: Rules = {
     "N": ("model", "group"),
     "K": "model",
     "F": ("model", "group"),
+    "E": ("model", "group"),
     "V": ("model", "group"),
 }
 
@@ -122,6 +135,9 @@ def sizes(config: ModelConfig, layer: LayerConfig | None = None) -> dict[str, in
             "A": GATE_WIDTH,
             "Z": GATE_SINKS,
         }
+        if layer.moe is not None:
+            moe = layer.moe
+            known |= {"E": moe.here, "M": moe.expert_dim, "X": moe.num_experts}
     return known
 
 
@@ -143,9 +159,17 @@ def _layer_paths(config: ModelConfig, layer: LayerConfig) -> Iterator[str]:
         infix = "" if config.qk_norm_over == "head" else "all_"
         yield from (f"attn/q_{infix}norm", f"attn/k_{infix}norm")
     yield from _norm_paths(config, "mlp")
-    yield from ("mlp/gate", "mlp/up", "mlp/down") if config.gated else ("mlp/up", "mlp/down")
-    if config.mlp_bias:
-        yield from ("mlp/up_bias", "mlp_bias")
+    matrices = ("gate", "up", "down") if config.gated else ("up", "down")
+    if layer.moe is None:
+        yield from (f"mlp/{name}" for name in matrices)
+        if config.mlp_bias:
+            yield from ("mlp/up_bias", "mlp_bias")
+        return
+    yield from ("moe/router", "moe/gate", "moe/up", "moe/down")
+    if layer.mlp_dim:
+        yield from (f"shared/{name}" for name in matrices)
+    if layer.moe.shared_gate:
+        yield "moe/shared_gate"
 
 
 def _norm_paths(config: ModelConfig, branch: str) -> Iterator[str]:

@@ -21,6 +21,8 @@ LIMITS: dict[str, int] = {
     "head_dim": 4096,
     "max_positions": 268_435_456,
     "window": 268_435_456,
+    "num_experts": 65_536,
+    "expert_dim": 1_048_576,
 }
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
@@ -89,11 +91,45 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts: each token goes to `top_k` of `num_experts` FFNs of `expert_dim`.
+
+    renormalise: the chosen experts' weights are made to sum to one. shared_gate: what the layer's
+    `mlp_dim` channels give, an expert that every token goes to, is weighted by a sigmoid of the
+    input. held: how many of the experts are here, None for all. Raises ValueError for sizes that
+    contradict each other.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_dim: int
+    renormalise: bool = True
+    shared_gate: bool = False
+    held: int | None = None
+
+    def __post_init__(self) -> None:
+        check_size("num_experts", self.num_experts)
+        check_size("expert_dim", self.expert_dim)
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        if not whole or not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k {self.top_k!r} in the model config is outside 1..{self.num_experts}, the "
+                "number of experts: repair it"
+            )
+
+    @property
+    def here(self) -> int:
+        """How many experts are held here."""
+        return self.num_experts if self.held is None else self.held
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer.
 
     window: number of most recent positions it attends to; None is all. rope: None rotates nothing.
-    softcap: scores s of attention become softcap * tanh(s / softcap); None leaves them.
+    softcap: scores s of attention become softcap * tanh(s / softcap); None leaves them. moe:
+    experts beside the `mlp_dim` channels that every token uses, which may then be 0.
     """
 
     num_heads: int
@@ -103,10 +139,12 @@ class LayerConfig:
     window: int | None = None
     rope: RopeConfig | None = RopeConfig()
     softcap: float | None = None
+    moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            check_size(name, getattr(self, name))
+            if name != "mlp_dim" or self.moe is None or self.mlp_dim != 0:
+                check_size(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
@@ -117,6 +155,16 @@ class LayerConfig:
         check_positive("softcap", self.softcap)
         if self.rope is not None:
             _check_pairs(self.rope, self.head_dim)
+
+    @property
+    def channels(self) -> int:
+        """Width of the FFNs whose channels methods rank: of one expert, or of the only FFN."""
+        return self.mlp_dim if self.moe is None else self.moe.expert_dim
+
+    @property
+    def routed(self) -> int:
+        """How many such FFNs a token uses."""
+        return 1 if self.moe is None else self.moe.top_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +259,7 @@ def from_json(values: dict) -> ModelConfig:
     """The config that `to_json` wrote. Raises ValueError for unknown or missing fields."""
     try:
         layers = tuple(
-            LayerConfig(**{**layer, "rope": _rope_from_json(layer["rope"])})
+            LayerConfig(**{**layer, "rope": _rope(layer["rope"]), "moe": _moe(layer.get("moe"))})
             for layer in values["layers"]
         )
         return ModelConfig(**{**values, "layers": layers})
@@ -219,7 +267,11 @@ def from_json(values: dict) -> ModelConfig:
         raise ValueError(f"stored model config does not fit this version: {error}") from error
 
 
-def _rope_from_json(values: dict | None) -> RopeConfig | None:
+def _rope(values: dict | None) -> RopeConfig | None:
     if values is None:
         return None
     return RopeConfig(**{**values, "factors": tuple(values.get("factors", ()))})
+
+
+def _moe(values: dict | None) -> MoeConfig | None:
+    return None if values is None else MoeConfig(**values)

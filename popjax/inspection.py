@@ -29,6 +29,8 @@ _GROUPS = {
     "head": "output head",
     "attn": "attention",
     "mlp": "FFN",
+    "shared": "FFN",
+    "moe": "experts",
     "mlp_bias": "FFN",
 }
 _LAYER = re.compile(r"layer_\d+/")

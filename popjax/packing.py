@@ -19,7 +19,8 @@ from kernels_pallas.gather_rows import gather_all
 from kernels_pallas.row_products.tpu import LANES, tile_rows, tiled
 from popjax import sharding
 from popjax.config import ModelConfig
-from popjax.sparsity import ChannelPartition, Params, Partitions, keeps_order
+from popjax.expert_partition import ExpertPartition, with_order
+from popjax.sparsity import ChannelPartition, Params, Partition, Partitions, keeps_order
 
 
 def pack(
@@ -33,25 +34,51 @@ def pack(
     """Parameters whose FFN rows are only [R | C], the config they fit, and partitions into them.
 
     Copies the FFN's rows [R+C, D], and biases of up, once per prompt; all other arrays are shared,
-    and a layer that evaluates every channel keeps its weights. The full weights stay held by their
-    owner. On a mesh every device packs its own rows, at the places in its shard that the partitions
-    name.
+    and a layer that evaluates every channel, or has experts, keeps its weights. The full weights
+    stay held by their owner. On a mesh every device packs its own rows, at the places in its shard
+    that the partitions name.
     Without `copy` nothing is copied: decode steps fetch the rows from the full weights by index.
     """
     if not copy:
         if mesh is not None:
             raise ValueError("rows cannot be left unpacked on several devices: pack with copy=True")
         return params, config, _indexed(params, config, partitions)
-    names = [f"layer_{i}" for i in range(config.num_layers)]
-    mlps = [params[name]["mlp"] for name in names]
+    found = dict(enumerate(partitions))
+    packed = {i: part for i, part in found.items() if isinstance(part, ChannelPartition)}
+    mlps = [params[f"layer_{i}"]["mlp"] for i in packed]
     if mesh is None:
-        mlps, parts = _pack_layers(mlps, partitions, [layer.mlp_dim for layer in config.layers])
+        widths = [config.layers[i].mlp_dim for i in packed]
+        mlps, parts = _pack_layers(mlps, tuple(packed.values()), widths)
     else:
-        packed, parts = pack_shards(mlps, partitions, mesh=mesh)
-        mlps = [mlp if new is None else new for mlp, new in zip(mlps, packed, strict=True)]
+        shards, parts = pack_shards(mlps, tuple(packed.values()), mesh=mesh)
+        mlps = [mlp if new is None else new for mlp, new in zip(mlps, shards, strict=True)]
+    found |= dict(zip(packed, parts, strict=True)) | _ordered_experts(params, found, mesh)
+    names = [f"layer_{i}" for i in packed]
     layers = {name: {**params[name], "mlp": mlp} for name, mlp in zip(names, mlps, strict=True)}
-    narrow = config.with_mlp_dims(tuple(part.evaluated for part in parts))
-    return {**params, **layers}, narrow, parts
+    dims = [layer.mlp_dim for layer in config.layers]
+    for i, part in zip(packed, parts, strict=True):
+        dims[i] = part.evaluated
+    return {**params, **layers}, config.with_mlp_dims(tuple(dims)), tuple(found.values())
+
+
+def _ordered_experts(
+    params: Params, partitions: dict[int, Partition], mesh: Mesh | None
+) -> dict[int, Partition]:
+    """The partitions of layers with experts as decoding wants them; their rows stay where they are.
+
+    Any token may go to any expert, so a copy of what all of them keep would rarely be read.
+    """
+    experts = {i: part for i, part in partitions.items() if isinstance(part, ExpertPartition)}
+    downs = [params[f"layer_{i}"]["moe"]["down"] for i in experts]
+    return dict(zip(experts, _ordered(list(experts.values()), downs, mesh=mesh), strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+@sharding.over_mesh("E", "E", outs="E")
+def _ordered(
+    parts: list[ExpertPartition], downs: list[jax.Array], *, mesh: Mesh | None
+) -> list[ExpertPartition]:
+    return [with_order(part, down) for part, down in zip(parts, downs, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -119,8 +146,13 @@ def _last_norms(downs: list[jax.Array], candidates: list[jax.Array]) -> list[jax
 
 def _indexed(params: Params, config: ModelConfig, partitions: Partitions) -> Partitions:
     """The partitions as decoding by index wants them; of all channels, the weights as they are."""
-    parts = []
-    for i, (part, layer) in enumerate(zip(partitions, config.layers, strict=True)):
+    found = dict(enumerate(partitions))
+    found |= _ordered_experts(params, found, None)
+    parts: list[Partition] = []
+    for i, (part, layer) in enumerate(zip(found.values(), config.layers, strict=True)):
+        if isinstance(part, ExpertPartition):
+            parts.append(part)
+            continue
         part = _with_norms(part, params[f"layer_{i}"]["mlp"]["down"])
         if not keeps_order(part, layer.mlp_dim):
             part = dataclasses.replace(part, packed=True, indexed=True)
@@ -164,6 +196,6 @@ def _tiles(w: Any) -> Any:
 def _reformed(
     params: Params, config: ModelConfig, form: Callable[[jax.Array], jax.Array]
 ) -> Params:
-    names = [f"layer_{i}" for i in range(config.num_layers)]
+    names = [f"layer_{i}" for i, layer in enumerate(config.layers) if layer.moe is None]
     mlps = {name: {key: form(w) for key, w in params[name]["mlp"].items()} for name in names}
     return {**params, **{name: {**params[name], "mlp": mlp} for name, mlp in mlps.items()}}

@@ -2,7 +2,8 @@
 
 Inside, indices count from the start of their shard, and arrays are those of the shards one after
 the other: each device finds its own at its place. What callers give and get counts all F channels,
-as a run on one device does, so that the one replays on the other.
+as a run on one device does, so that the one replays on the other. Experts are whole on one device,
+so their partitions only lie apart; of a token's experts each device masks those that it holds.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from popjax import sharding
-from popjax.config import ModelConfig
-from popjax.sparsity import ChannelPartition, Partitions
+from popjax.config import LayerConfig, ModelConfig
+from popjax.expert_partition import ExpertPartition
+from popjax.sparsity import ChannelPartition, Partition, Partitions
 
 Masks = tuple[jax.Array, ...]
 
@@ -30,7 +32,12 @@ def to_shards(
         return partitions
     pairs = enumerate(zip(partitions, config.layers, strict=True))
     shards = sharding.shard_count(mesh)
-    parts = tuple(_by_shard(i, part, y.mlp_dim // shards, shards) for i, (part, y) in pairs)
+    parts = tuple(
+        part
+        if isinstance(part, ExpertPartition)
+        else _by_shard(i, part, y.mlp_dim // shards, shards)
+        for i, (part, y) in pairs
+    )
     return sharding.placed(parts, "F", mesh)
 
 
@@ -60,7 +67,12 @@ def from_shards(
         return partitions
     shards = sharding.shard_count(mesh)
     pairs = zip(partitions, config.layers, strict=True)
-    return tuple(_over_all(part, layer.mlp_dim // shards, shards) for part, layer in pairs)
+    return tuple(
+        jax.tree.map(lambda leaf: jnp.asarray(sharding.fetched(leaf)), part)
+        if isinstance(part, ExpertPartition)
+        else _over_all(part, layer.mlp_dim // shards, shards)
+        for part, layer in pairs
+    )
 
 
 def _over_all(part: ChannelPartition, width: int, shards: int) -> ChannelPartition:
@@ -83,10 +95,14 @@ def masks_to_shards(
     """
     if masks is None or partitions is None or mesh is None:
         return masks
-    pairs = zip(masks, _orders(partitions, config, mesh), strict=True)
-    by_shard = tuple(np.asarray(mask)[..., np.argsort(order)] for mask, order in pairs)
     shards = sharding.shard_count(mesh)
-    for i, mask in enumerate(by_shard):
+    by_shard = []
+    for i, (mask, part, layer) in enumerate(zip(masks, partitions, config.layers, strict=True)):
+        if isinstance(part, ExpertPartition):
+            by_shard.append(np.tile(np.asarray(mask), shards))
+            continue
+        mask = np.asarray(mask)[..., np.argsort(_order(part, layer, shards))]
+        by_shard.append(mask)
         counts = mask.reshape(*mask.shape[:-1], shards, -1).sum(axis=-1).reshape(-1, shards)
         uneven = counts[np.any(counts != counts[:, :1], axis=1)]
         if uneven.size:
@@ -94,7 +110,7 @@ def masks_to_shards(
                 f"masks of layer {i} turn on {uneven[0].tolist()} channels on the {shards} shards "
                 "of F, which must be equal: use masks recorded on this mesh"
             )
-    return sharding.placed(by_shard, "TBF", mesh)
+    return sharding.placed(tuple(by_shard), "TBF", mesh)
 
 
 def masks_from_shards(
@@ -103,17 +119,28 @@ def masks_from_shards(
     """Inverse of `masks_to_shards`, on the default device."""
     if masks is None or partitions is None or mesh is None:
         return masks
-    pairs = zip(masks, _orders(partitions, config, mesh), strict=True)
-    return tuple(jnp.asarray(sharding.fetched(mask)[..., order]) for mask, order in pairs)
+    shards, found = sharding.shard_count(mesh), []
+    for mask, part, layer in zip(masks, partitions, config.layers, strict=True):
+        held = sharding.fetched(mask)
+        if isinstance(part, ExpertPartition):
+            held = held.reshape(*held.shape[:-1], shards, -1).any(axis=-2)
+        else:
+            held = held[..., _order(part, layer, shards)]
+        found.append(jnp.asarray(held))
+    return tuple(found)
 
 
-def _orders(partitions: Partitions, config: ModelConfig, mesh: Mesh) -> list[np.ndarray]:
+def mask_columns(part: Partition, mesh: Mesh | None) -> int:
+    """Columns of a step's mask as a run holds it: of experts every shard has all of a token's."""
+    if mesh is None or not isinstance(part, ExpertPartition):
+        return part.evaluated
+    return part.evaluated * sharding.shard_count(mesh)
+
+
+def _order(part: ChannelPartition, layer: LayerConfig, shards: int) -> np.ndarray:
     """Where each evaluated channel of a partition of all F stands among those of the shards."""
-    orders = []
-    for part, layer in zip(partitions, config.layers, strict=True):
-        places = np.arange(part.evaluated).reshape(sharding.shard_count(mesh), -1)
-        if part.evaluated < layer.mlp_dim:  # otherwise masks are in channel order on both sides
-            places = np.split(places, [part.num_retained // len(places)], axis=1)
-            places = np.concatenate([place.reshape(-1) for place in places])
-        orders.append(places.reshape(-1))
-    return orders
+    places = np.arange(part.evaluated).reshape(shards, -1)
+    if part.evaluated < layer.mlp_dim:  # otherwise masks are in channel order on both sides
+        places = np.split(places, [part.num_retained // len(places)], axis=1)
+        places = np.concatenate([place.reshape(-1) for place in places])
+    return places.reshape(-1)

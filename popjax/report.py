@@ -15,12 +15,17 @@ import numpy as np
 from kernels_pallas.masked_mlp import NATIVE
 from popjax.cache import Kept
 from popjax.config import ModelConfig
+from popjax.expert_partition import ExpertPartition
 from popjax.sparsity import Params, Partitions
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """Channels of one layer, and bytes of FFN weights a token reads there, dense and now."""
+    """Channels of one layer, and bytes of FFN weights a token reads there, dense and now.
+
+    Of a layer with experts: those of the experts that a token is routed to, without what every
+    token uses beside them.
+    """
 
     channels: int
     retained: int
@@ -105,24 +110,43 @@ class Report:
 
 
 def layer_reports(
-    config: ModelConfig, partition: Partitions | None, itemsize: int, only_chosen: bool
+    config: ModelConfig,
+    partition: Partitions | None,
+    itemsize: int,
+    only_chosen: bool,
+    by_index: bool = False,
 ) -> tuple[LayerReport, ...]:
-    """One LayerReport a layer; without a partition every channel is retained."""
+    """One LayerReport a layer; without a partition every channel is retained.
+
+    by_index: whether rows of experts are fetched by index.
+    """
     reports = []
     for i, layer in enumerate(config.layers):
         row = config.embed_dim * itemsize
         channel = config.channel_size * itemsize
-        dense = layer.mlp_dim * channel
+        channels = layer.routed * layer.channels
+        dense = channels * channel
         if partition is None:
-            counts = (layer.mlp_dim, 0, layer.mlp_dim)
-            reports.append(LayerReport(layer.mlp_dim, *counts, dense, dense))
+            reports.append(LayerReport(channels, channels, 0, channels, dense, dense))
             continue
         part = partition[i]
-        down = part.active if only_chosen else part.evaluated
-        read = part.evaluated * (channel - row) + down * row
-        counts = (part.num_retained, part.num_candidate, part.active)
-        reports.append(LayerReport(layer.mlp_dim, *counts, dense, read))
+        if isinstance(part, ExpertPartition):
+            # Only the CPU kernels leave rows of an expert unread; they read all of R u C.
+            read = rows_read(part) * channel if by_index else dense
+        else:
+            down = part.active if only_chosen else part.evaluated
+            read = part.evaluated * (channel - row) + down * row
+        counts = (layer.routed * part.num_retained, layer.routed * part.num_candidate, part.active)
+        reports.append(LayerReport(channels, *counts, dense, read))
     return tuple(reports)
+
+
+def rows_read(part: ExpertPartition) -> int:
+    """Rows of each matrix that a token's experts read, on average over all that are held."""
+    counts = part.counts()
+    if counts is None:
+        return part.top_k * part.width
+    return round(part.top_k * float(np.mean(np.asarray(counts))))
 
 
 def cache_reports(
@@ -159,11 +183,16 @@ def weight_bytes(params: Params) -> int:
 def bytes_per_token(config: ModelConfig, params: Params) -> int:
     """Bytes of weights that one dense decode step reads for one row.
 
-    Every weight once, except that an embedding table is read whole only as the output head; as an
-    input table it costs one row.
+    Every weight once, of experts those that it goes to, except that an embedding table is read
+    whole only as the output head; as an input table it costs one row.
     """
     table = params["embed"]["table"]
     total = weight_bytes(params)
+    for layer in config.layers:
+        if layer.moe is not None:
+            # A token reads its own experts.
+            unused = layer.moe.num_experts - layer.moe.top_k
+            total -= 3 * unused * layer.channels * config.embed_dim * table.dtype.itemsize
     if not config.tie_embeddings:
         total -= table.nbytes - config.embed_dim * table.dtype.itemsize
     return total
@@ -180,7 +209,8 @@ def make_report(
 ) -> Report:
     """The report of a RunResult."""
     itemsize = params["embed"]["table"].dtype.itemsize
-    layers = layer_reports(config, result.partition, itemsize, reads_only_chosen(result))
+    by_index = result.implementation in NATIVE
+    layers = layer_reports(config, result.partition, itemsize, reads_only_chosen(result), by_index)
     dense = bytes_per_token(config, params)
     saved = sum(layer.dense_bytes - layer.read_bytes for layer in layers)
     decode_steps = result.steps - 1

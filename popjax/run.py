@@ -107,7 +107,8 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         outputs, kept = after_eviction(params, asked, outputs)
         jax.block_until_ready(kept)
     with clock.phase("plan"):
-        partition = partition or plan_channels(outputs.statistics, config, method, mesh)
+        if partition is None:
+            partition = plan_channels(outputs.statistics, config, method, mesh, params)
     packed_params, packed_config, packed = params, config, None
     with clock.phase("pack"):
         if partition is not None:
@@ -126,7 +127,7 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
         refresh = _refresher(request, packed_params, packed, packed_config, method, asked)
         arguments = (packed_params, packed, replay, values)
         state, kept, entered = _decode(state, arguments, kept, static, request, refresh)
-    _check_finite(state)
+    _check_finite(state, params)
     compilations = PROGRAMS.compilations - compiled
     extra = _extra_bytes(params, packed_params)
     partition = renumbering.from_shards(partition, config, mesh)
@@ -138,7 +139,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
 
 def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
     """What decode steps run on; ValueError where that cannot serve the request."""
-    matrix = params["layer_0"]["mlp"]["down"]
+    # The kernels of accelerators serve FFNs that are not experts.
+    layers = (held for name, held in params.items() if name.startswith("layer_"))
+    matrix = next((held["mlp"]["down"] for held in layers if "mlp" in held), None)
     asked, vectors = request.options.implementation, len(request.prompts)
     found = implementation_for(asked, params, matrix, vectors)
     if request.options.pack:
@@ -149,7 +152,7 @@ def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
     return found
 
 
-def _index_obstacle(implementation: str, matrix: jax.Array, mesh: Mesh | None) -> str | None:
+def _index_obstacle(implementation: str, matrix: jax.Array | None, mesh: Mesh | None) -> str | None:
     """Why decode steps cannot fetch rows of w [F, D] or tiles by index, and what to do instead."""
     if mesh is not None:
         return f"which needs one device, and the weights lie on {mesh.size}: leave pack=True"
@@ -158,7 +161,7 @@ def _index_obstacle(implementation: str, matrix: jax.Array, mesh: Mesh | None) -
             f"which only the kernels of an accelerator do, and decode steps run on "
             f"{implementation!r} here: leave pack=True"
         )
-    if implementation == "pallas_gpu" or matrix.ndim == 3:
+    if implementation == "pallas_gpu" or matrix is None or matrix.ndim == 3:
         return None
     whole = LANES * tile_rows(matrix.dtype)
     if matrix.shape[1] % whole:
@@ -199,25 +202,39 @@ def _arguments(
 
 
 def plan_channels(
-    statistics: tuple[Any, ...], config: ModelConfig, method: Method, mesh: Mesh | None = None
+    statistics: tuple[Any, ...],
+    config: ModelConfig,
+    method: Method,
+    mesh: Mesh | None = None,
+    params: Params | None = None,
 ) -> Partitions | None:
     """The method's partition of every layer, None for dense; ValueError for scores not finite."""
     plan, finite = PROGRAMS.plan(statistics, config=config, method=method, mesh=mesh)
     bad = np.flatnonzero(~np.asarray(finite)).tolist()
     if bad:
         raise ValueError(
-            f"channel scores of layers {bad[:8]} are not finite for this prompt: the weights or "
-            "the dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
+            f"channel scores of layers {bad[:8]} are not finite for this prompt: "
+            f"{_culprit(params)}; check the checkpoint (check_tensors=True) or load it in float32"
         )
     check_evaluated(method, config, [part.evaluated for part in plan.channels or ()])
     return plan.channels
 
 
-def _check_finite(state: DecodeState) -> None:
+def _culprit(params: Params | None) -> str:
+    """Why numbers of a run are not finite: routers that are not, or a guess."""
+    layers = {} if params is None else params
+    routers = {name: held["moe"]["router"] for name, held in layers.items() if "moe" in held}
+    bad = [name for name, router in routers.items() if not bool(jnp.all(jnp.isfinite(router)))]
+    if bad:
+        return f"the router of {', '.join(bad[:8])} has NaN or infinities"
+    return "the weights or the dtype overflow"
+
+
+def _check_finite(state: DecodeState, params: Params) -> None:
     bad = np.flatnonzero(~np.asarray(state.finite)).tolist()
     if bad:
         raise ValueError(
-            f"logits of rows {bad[:8]} are not finite: the weights or the dtype overflow; check "
+            f"logits of rows {bad[:8]} are not finite: {_culprit(params)}; check "
             "the checkpoint (check_tensors=True) or load it in float32"
         )
 
@@ -228,7 +245,7 @@ def _mask_buffers(
     if packed is None or not request.options.record_masks:
         return None
     device = None if mesh is None else sharding.named("TBF", mesh)
-    shapes = ((room - 1, rows, part.evaluated) for part in packed)
+    shapes = ((room - 1, rows, renumbering.mask_columns(part, mesh)) for part in packed)
     return tuple(jnp.zeros(shape, bool, device=device) for shape in shapes)
 
 

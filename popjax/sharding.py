@@ -1,10 +1,10 @@
 """Running on a mesh: what of a model each device holds, and how arrays come and go.
 
 One `jax.shard_map` around the unchanged model code: every device runs a smaller model, its share of
-the heads, the FFN channels and the vocabulary, and the residual stream is the same on all of them.
-Channels are ranked, chosen and packed inside each shard with equal counts, so pruning adds no
-collective. Leaves out which collectives the model needs: those are in `nn/`; and what partitions
-look like on either side: that is `renumbering.py`.
+the heads, the FFN channels or experts and the vocabulary, and the residual stream is the same on
+all of them. Channels are ranked, chosen and packed inside each shard with equal counts, so pruning
+adds no collective. Leaves out which collectives the model needs: those are in `nn/`; and what
+partitions look like on either side: that is `renumbering.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from popjax.sparsity import Params
 
 DATA, MODEL, GROUP = "data", "model", "group"
 AXES = (DATA, MODEL, GROUP)
-_NAMES = {"N": "query heads", "K": "key/value heads", "F": "FFN channels", "V": "vocabulary"}
+_NAMES = {
+    "N": "query heads",
+    "K": "key/value heads",
+    "F": "FFN channels",
+    "E": "experts",
+    "V": "vocabulary",
+}
 
 
 def tensor_axes(mesh: Mesh | None) -> tuple[str, ...] | None:
@@ -73,7 +79,7 @@ def validate(config: ModelConfig, mesh: Mesh) -> None:
         )
     for i, layer in enumerate(config.layers):
         sizes = axes.sizes(config, layer)
-        for letter in _NAMES:
+        for letter in (name for name in _NAMES if name in sizes):
             _check_divides(letter, sizes[letter], mesh, f" of layer {i}" if letter != "V" else "")
         if mesh.shape.get(GROUP, 1) > 1 and layer.num_kv_heads != mesh.shape[MODEL]:
             raise ValueError(
@@ -97,7 +103,7 @@ def _check_divides(letter: str, size: int, mesh: Mesh, where: str) -> None:
 
 
 def local_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
-    """The config of the model that one device runs: its share of N, K, F and V."""
+    """The config of the model that one device runs: its share of N, K, F, E and V."""
     if mesh is None:
         return config
     tensor, heads = shard_count(mesh), shard_count(mesh, "K")
@@ -107,6 +113,7 @@ def local_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
             num_heads=layer.num_heads // tensor,
             num_kv_heads=layer.num_kv_heads // heads,
             mlp_dim=layer.mlp_dim // tensor,
+            moe=layer.moe and dataclasses.replace(layer.moe, held=layer.moe.num_experts // tensor),
         )
         for layer in config.layers
     )

@@ -20,6 +20,7 @@ from flax import struct
 
 from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
+from popjax.expert_partition import ExpertPartition, checked_experts
 
 Params = dict[str, Any]
 _LOG = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def warn_of_rounding(config: ModelConfig, ratio: float, delta: float, granularit
     rounds away; the first such layer speaks for all.
     """
     for i, layer in enumerate(config.layers):
-        F = layer.mlp_dim
+        F = layer.channels
         asked = channel_budget(F, ratio, delta)
         found = channel_budget(F, ratio, delta, granularity)
         lost = bool(asked.candidate) and not found.candidate
@@ -92,13 +93,16 @@ def ffn_ratio(config: ModelConfig, model_ratio: float) -> float:
     """FFN ratio r that prunes the share `model_ratio` of attention plus FFN parameters.
 
     r = PR (A + F) / F with A and F the attention and FFN parameters of the layers, embeddings and
-    norms excluded; reproduces Table 8 of arXiv 2602.06822. Raises ValueError where r exceeds 1.
+    norms excluded; reproduces Table 8 of arXiv 2602.06822. Of a mixture F are the experts that a
+    token is routed to, neither the router nor what every token uses. Raises ValueError where r
+    exceeds 1.
     """
     attention = sum(
         2 * config.embed_dim * layer.head_dim * (layer.num_heads + layer.num_kv_heads)
         for layer in config.layers
     )
-    ffn = sum(config.mlp_matrices * config.embed_dim * layer.mlp_dim for layer in config.layers)
+    width = config.mlp_matrices * config.embed_dim
+    ffn = sum(width * layer.routed * layer.channels for layer in config.layers)
     ratio = model_ratio * (attention + ffn) / ffn
     if ratio > 1:
         raise ValueError(
@@ -169,12 +173,13 @@ class ChannelPartition:
         )
 
 
-Partitions = tuple[ChannelPartition, ...]
+Partition = ChannelPartition | ExpertPartition
+Partitions = tuple[Partition, ...]
 
 
 @struct.dataclass
 class Plan:
-    """What a method decided for a prompt: one ChannelPartition a layer, or None for dense."""
+    """What a method decided for a prompt: one partition a layer, or None for dense."""
 
     channels: Partitions | None = None
 
@@ -190,13 +195,13 @@ def partition_by_rank(scores: jax.Array, budget: ChannelBudget) -> ChannelPartit
     )
 
 
-def checked_partitions(partitions: Sequence[ChannelPartition], config: ModelConfig) -> Partitions:
+def checked_partitions(partitions: Sequence[Partition], config: ModelConfig) -> Partitions:
     """The partitions a caller gave, as ascending int32 arrays whatever they came as.
 
     Raises ValueError unless there is one valid partition of each layer's channels.
     """
     if not isinstance(partitions, Sequence) or not all(
-        isinstance(part, ChannelPartition) for part in partitions
+        isinstance(part, Partition) for part in partitions
     ):
         raise ValueError("partition is not a sequence of ChannelPartition: give one a layer")
     if len(partitions) != config.num_layers:
@@ -208,7 +213,11 @@ def checked_partitions(partitions: Sequence[ChannelPartition], config: ModelConf
     return tuple(_checked_partition(i, part, layer) for i, (part, layer) in pairs)
 
 
-def _checked_partition(i: int, part: ChannelPartition, layer: LayerConfig) -> ChannelPartition:
+def _checked_partition(i: int, part: Partition, layer: LayerConfig) -> Partition:
+    if layer.moe is not None:
+        return checked_experts(i, part, layer)
+    if isinstance(part, ExpertPartition):
+        raise ValueError(f"partition of layer {i} is one of experts, and the layer has none")
     sets = [np.asarray(part.retained), np.asarray(part.candidate)]
     if any(indices.ndim != 1 for indices in sets):
         raise ValueError(

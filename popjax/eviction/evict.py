@@ -146,7 +146,7 @@ class Programs:
         config: ModelConfig,
     ) -> jax.Array:
         """Scores [B, K, S] of layer i; layers that differ only in their FFN share a program."""
-        layer = dataclasses.replace(config.layers[i], mlp_dim=1)
+        layer = dataclasses.replace(config.layers[i], mlp_dim=1, moe=None)
         weights = params[f"layer_{i}"]["attn"]
         return self.score(weights, statistic, entries, method=method.unbudgeted, layer=layer)
 

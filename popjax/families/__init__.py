@@ -12,15 +12,22 @@ from popjax.families import (
     gpt_neox,
     llama,
     mistral,
+    mixtral,
     olmo2,
+    olmoe,
     opt,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
 )
 from popjax.families.family import Family
 
-_MODULES = (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, opt, gpt_neox)
+_MODULES = (
+    *(llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, opt, gpt_neox),
+    *(mixtral, qwen2_moe, qwen3_moe, olmoe),
+)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 # Near to a family, and yet not it.
 _REFUSED = {

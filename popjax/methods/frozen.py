@@ -6,13 +6,13 @@ Variant 1 of arXiv 2602.06822 (section 5, Table 22): what online re-scoring is m
 from __future__ import annotations
 
 import dataclasses
-
-import jax
+from typing import Any
 
 from popjax.config import LayerConfig, ModelConfig
+from popjax.methods.experts import ExpertActs, expert_scores, partition_of
 from popjax.methods.method import LayerActs, Method, check_share
 from popjax.methods.scores import channel_scores
-from popjax.sparsity import ChannelPartition, Params, Plan, channel_budget, partition_by_rank
+from popjax.sparsity import Params, Partition, Plan, channel_budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Frozen(Method):
     def evaluated(self, mlp_dim: int) -> int:
         return channel_budget(mlp_dim, self.ratio).evaluated
 
-    def observe(self, params: Params, acts: LayerActs) -> jax.Array:
+    def observe(self, params: Params, acts: LayerActs | ExpertActs) -> Any:
+        if isinstance(acts, ExpertActs):
+            return expert_scores(params, acts, "down")
         return channel_scores(params, acts, "down")
 
-    def prefill_partition(
-        self, statistic: jax.Array, layer: LayerConfig, given: ChannelPartition | None
-    ) -> ChannelPartition:
+    def prefill_partition(self, statistic: Any, layer: LayerConfig, given: Any) -> Partition:
         return self._partition(statistic, layer) if given is None else given
 
-    def plan(self, config: ModelConfig, statistics: tuple[jax.Array, ...]) -> Plan:
+    def plan(self, config: ModelConfig, statistics: tuple[Any, ...]) -> Plan:
         pairs = zip(statistics, config.layers, strict=True)
         return Plan(tuple(self._partition(s, layer) for s, layer in pairs))
 
-    def _partition(self, scores: jax.Array, layer: LayerConfig) -> ChannelPartition:
-        return partition_by_rank(scores, channel_budget(layer.mlp_dim, self.ratio))
+    def _partition(self, statistic: Any, layer: LayerConfig) -> Partition:
+        return partition_of(statistic, layer, channel_budget(layer.channels, self.ratio))

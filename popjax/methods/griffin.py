@@ -7,14 +7,15 @@ weight enters the score. As released it serves batch 1; here the batch's tokens 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from popjax.config import ModelConfig
+from popjax.methods.experts import ExpertActs, expert_scores, partition_of
 from popjax.methods.method import LayerActs, Method, check_share
 from popjax.methods.scores import token_norms
-from popjax.sparsity import Params, Plan, channel_budget, partition_by_rank
+from popjax.sparsity import Params, Plan, channel_budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +33,15 @@ class Griffin(Method):
     def evaluated(self, mlp_dim: int) -> int:
         return channel_budget(mlp_dim, self.ratio).evaluated
 
-    def observe(self, params: Params, acts: LayerActs) -> jax.Array:
+    def observe(self, params: Params, acts: LayerActs | ExpertActs) -> Any:
+        if isinstance(acts, ExpertActs):
+            return expert_scores(params, acts, "griffin")
         h = acts.counted_channels()
         lengths = jnp.sqrt(acts.over_channels(h * h))
         # A pad token is all zero: it stays zero instead of dividing by nothing.
         return token_norms(h / jnp.where(lengths > 0, lengths, 1.0))
 
-    def plan(self, config: ModelConfig, statistics: tuple[jax.Array, ...]) -> Plan:
+    def plan(self, config: ModelConfig, statistics: tuple[Any, ...]) -> Plan:
         pairs = zip(statistics, config.layers, strict=True)
-        budgets = ((s, channel_budget(layer.mlp_dim, self.ratio)) for s, layer in pairs)
-        return Plan(tuple(partition_by_rank(s, budget) for s, budget in budgets))
+        budgets = ((s, y, channel_budget(y.channels, self.ratio)) for s, y in pairs)
+        return Plan(tuple(partition_of(*each) for each in budgets))

@@ -88,20 +88,23 @@ class Method:
         """How many of a layer's `mlp_dim` channels a decode step evaluates."""
         return mlp_dim
 
-    def observe(self, params: Params, acts: LayerActs) -> Any:
-        """Statistic of one layer during prefill: a pytree of arrays [F, ...], split by a mesh."""
+    def observe(self, params: Params, acts: Any) -> Any:
+        """Statistic of one layer during prefill: a pytree of arrays [F, ...], split by a mesh.
+
+        acts: `LayerActs`, or `experts.ExpertActs` of a layer with experts, and then arrays
+        [E, ...].
+        """
         return ()
 
     def combine(self, before: Any, now: Any) -> Any:
         """The statistic of a prompt so far and its next chunk: norms over tokens, as they are."""
         return jax.tree.map(lambda a, b: jnp.sqrt(a * a + b * b), before, now)
 
-    def prefill_partition(
-        self, statistic: Any, layer: LayerConfig, given: ChannelPartition | None
-    ) -> ChannelPartition | None:
+    def prefill_partition(self, statistic: Any, layer: LayerConfig, given: Any) -> Any:
         """Channels that reach this layer's output during prefill; None for all of them.
 
-        `given` is a partition that the caller supplied for this layer.
+        A ChannelPartition, or an ExpertPartition of a layer with experts. `given` is one that the
+        caller supplied for this layer.
         """
         return None
 
@@ -113,6 +116,10 @@ class Method:
         """How a layer's candidates are chosen at every step; None: all channels are on."""
         return None
 
+    def expert_selection(self) -> dict[str, bool]:
+        """How candidates of experts are chosen: see `nn.expert_masks.expert_mask`."""
+        return {"weighted": True, "shared": False}
+
 
 def check_evaluated(
     method: Method, config: ModelConfig, counts: Sequence[int] | None = None
@@ -122,12 +129,12 @@ def check_evaluated(
     counts: channels evaluated in each layer, where a plan says so; else what the method announces.
     """
     if counts is None:
-        counts = [method.evaluated(layer.mlp_dim) for layer in config.layers]
+        counts = [method.evaluated(layer.channels) for layer in config.layers]
     for i, count in enumerate(counts):
         if count == 0:
             raise ValueError(
                 f"{method} leaves no FFN channel of layer {i}, which has "
-                f"{config.layers[i].mlp_dim}: lower the ratio"
+                f"{config.layers[i].channels}: lower the ratio"
             )
 
 

@@ -1,19 +1,20 @@
-"""Partition-guided Online Pruning (arXiv 2602.06822), for dense FFNs.
+"""Partition-guided Online Pruning (arXiv 2602.06822), for dense FFNs and mixtures of experts.
 
 The prompt ranks each layer's channels; the extremes are frozen for this prompt (retained R, pruned
 P) and only the band between them (candidate C) is re-decided from the activations of every new
 token. Decoding evaluates gate and up on R u C, and projects down from R and the chosen candidates.
-Not here: experts, and any refresh of R, C, P while generating (the paper has none).
+Of a mixture each expert is partitioned for itself, and the masks of a step are of a token's own
+experts. Not here: any refresh of R, C, P while generating (the paper has none).
 """
 
 from __future__ import annotations
 
 import dataclasses
-
-import jax
+from typing import Any
 
 from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
+from popjax.methods.experts import ExpertActs, ExpertRules, expert_scores, partition_of
 from popjax.methods.method import LayerActs, Method, check_share
 from popjax.methods.probe import probe_acts
 from popjax.methods.scores import SCORES, channel_scores
@@ -21,10 +22,10 @@ from popjax.sparsity import (
     ChannelBudget,
     ChannelPartition,
     Params,
+    Partition,
     Plan,
     channel_budget,
     ffn_ratio,
-    partition_by_rank,
     warn_of_rounding,
 )
 
@@ -44,6 +45,9 @@ class OnlinePruning(Method):
       runs the prompt unpruned, "probe" scores a part of the prompt and evaluates only R u C.
     score: "down" (default), "gate-up" or "activation": see `methods.scores`.
     batch_shared: one step mask for the batch, the paper's protocol; per row by default.
+    Of mixtures: expert_weighting lets a token count in an expert's scores by its router weight;
+      experts with fewer than min_tokens prompt tokens are ranked by their weights alone, or left
+      whole, as `unseen` says (`methods.experts`, all [inferred]).
     The partition is always shared by the batch, since packed weights are: it is computed from the
     non-pad tokens of all rows. Raises ValueError for values outside their range.
     """
@@ -56,6 +60,9 @@ class OnlinePruning(Method):
     score: str = "down"
     batch_shared: bool = False
     granularity: int = 1
+    expert_weighting: bool = False
+    min_tokens: int = 1
+    unseen: str = "weights"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.model_ratio is None):
@@ -75,6 +82,7 @@ class OnlinePruning(Method):
         for name, allowed in (("prefill", PREFILLS), ("score", SCORES), ("band", BANDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {allowed}")
+        ExpertRules(self.min_tokens, self.unseen)
 
     @property
     def delta(self) -> float:
@@ -85,6 +93,11 @@ class OnlinePruning(Method):
             ratio = ffn_ratio(config, self.model_ratio)
             return dataclasses.replace(self, ratio=ratio, model_ratio=None).for_model(config)
         assert self.ratio is not None, "one of the two is given"
+        if self.prefill == "probe" and any(layer.moe for layer in config.layers):
+            raise ValueError(
+                "online-pruning with prefill='probe' scores a part of the prompt, which leaves "
+                "most experts of a mixture without tokens: use prefill='partition' or 'dense'"
+            )
         if self.granularity > 1:
             warn_of_rounding(config, self.ratio, self.delta, self.granularity)
         return self
@@ -100,21 +113,28 @@ class OnlinePruning(Method):
     def evaluated(self, mlp_dim: int) -> int:
         return self.budget(mlp_dim).evaluated
 
-    def observe(self, params: Params, acts: LayerActs) -> jax.Array:
+    def observe(self, params: Params, acts: LayerActs | ExpertActs) -> Any:
+        if isinstance(acts, ExpertActs):
+            return expert_scores(params, acts, self.score, self.expert_weighting)
         if self.prefill == "probe":
             acts = probe_acts(params, acts)
         return channel_scores(params, acts, self.score)
 
-    def prefill_partition(
-        self, statistic: jax.Array, layer: LayerConfig, given: ChannelPartition | None
-    ) -> ChannelPartition | None:
+    def prefill_partition(self, statistic: Any, layer: LayerConfig, given: Any) -> Any:
         if self.prefill == "dense":
             return None
-        return partition_by_rank(statistic, self.budget(layer.mlp_dim)) if given is None else given
+        return self._partition(statistic, layer) if given is None else given
 
-    def plan(self, config: ModelConfig, statistics: tuple[jax.Array, ...]) -> Plan:
+    def plan(self, config: ModelConfig, statistics: tuple[Any, ...]) -> Plan:
         pairs = zip(statistics, config.layers, strict=True)
-        return Plan(tuple(partition_by_rank(s, self.budget(y.mlp_dim)) for s, y in pairs))
+        return Plan(tuple(self._partition(statistic, layer) for statistic, layer in pairs))
+
+    def _partition(self, statistic: Any, layer: LayerConfig) -> Partition:
+        rules = ExpertRules(self.min_tokens, self.unseen)
+        return partition_of(statistic, layer, self.budget(layer.channels), rules)
 
     def selection(self, partition: ChannelPartition) -> Selection | None:
-        return partition.selection(weighted=self.score != "activation", shared=self.batch_shared)
+        return partition.selection(**self.expert_selection())
+
+    def expert_selection(self) -> dict[str, bool]:
+        return {"weighted": self.score != "activation", "shared": self.batch_shared}

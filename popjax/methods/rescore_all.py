@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
+from popjax.expert_partition import experts_by_rank
 from popjax.methods.method import Method, check_share
-from popjax.sparsity import ChannelPartition, Plan, channel_budget
+from popjax.sparsity import ChannelPartition, Partition, Plan, channel_budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,20 @@ class RescoreAll(Method):
     def plan(self, config: ModelConfig, statistics: tuple[object, ...]) -> Plan:
         return Plan(tuple(self._partition(layer) for layer in config.layers))
 
-    def _partition(self, layer: LayerConfig) -> ChannelPartition:
+    def _partition(self, layer: LayerConfig) -> Partition:
+        k_selected = channel_budget(layer.channels, self.ratio).active
+        if layer.moe is not None:
+            # Scores that are all equal leave the channels in order.
+            equal = jnp.zeros((layer.moe.here, layer.channels), jnp.float32)
+            return experts_by_rank(equal, (0, layer.channels, k_selected), layer, None)
         return ChannelPartition(
             retained=jnp.zeros((0,), jnp.int32),
             candidate=jnp.arange(layer.mlp_dim, dtype=jnp.int32),
-            k_selected=channel_budget(layer.mlp_dim, self.ratio).active,
+            k_selected=k_selected,
         )
 
     def selection(self, partition: ChannelPartition) -> Selection | None:
         return partition.selection(shared=self.batch_shared)
+
+    def expert_selection(self) -> dict[str, bool]:
+        return {"weighted": True, "shared": self.batch_shared}

@@ -22,6 +22,7 @@ from popjax.config import LayerConfig, ModelConfig
 from popjax.eviction.method import KvMethod
 from popjax.methods.method import Method
 from popjax.nn import ops
+from popjax.nn.experts import Moe
 from popjax.nn.layers import Attention, Mlp, Norm, declare, summed
 from popjax.sparsity import Params, Partitions
 
@@ -103,7 +104,15 @@ class Block(nn.Module):
         if self.config.norm_place != "pre":
             self.attn_out_norm, self.mlp_out_norm = Norm(self.config), Norm(self.config)
         self.attn = Attention(self.config, self.layer, *place)
-        self.mlp = Mlp(self.config, self.layer, self.method, *place)
+        if self.layer.moe is None:
+            self.mlp = Mlp(self.config, self.layer, self.method, *place)
+        else:
+            if self.layer.mlp_dim:
+                # What every token uses stays dense.
+                self.shared = Mlp(self.config, self.layer, Method(), *place)
+            beside = self.shared if self.layer.mlp_dim else None
+            self.moe = Moe(self.config, self.layer, self.method, *place, beside)
+        self.ffn = self.mlp if self.layer.moe is None else self.moe
         if self.config.mlp_bias:
             self.mlp_bias = declare(self, "mlp_bias", self.config)
 
@@ -117,12 +126,12 @@ class Block(nn.Module):
 
     def prefill(self, x: jax.Array, valid: jax.Array, given: Any, *context: Any) -> Any:
         read, x, cache, seen = self.attend(x, *context)
-        y, statistic = self.mlp.prefill(self._read(read, "mlp_norm"), read, valid, given)
+        y, statistic = self.ffn.prefill(self._read(read, "mlp_norm"), read, valid, given)
         return x + self._projected(y), cache, (statistic, seen)
 
     def decode(self, x: jax.Array, valid: jax.Array, part: Any, mask: Any, *context: Any) -> Any:
         read, x, cache, seen = self.attend(x, *context)
-        y, mask = self.mlp.decode(self._read(read, "mlp_norm"), valid, part, mask)
+        y, mask = self.ffn.decode(self._read(read, "mlp_norm"), valid, part, mask)
         return x + self._projected(y), cache, (mask, seen)
 
     def _read(self, x: jax.Array, norm: str) -> jax.Array:

@@ -68,6 +68,7 @@ LINEAR = {
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 9, **SLIDING}
 # Caps near the scores and logits of these models, so that they bend them.
 CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 # Name of the case: configuration class of transformers, and what it is given beside the sizes.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -95,6 +96,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTNeoXConfig",
         {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": HALF},
     ),
+    "mixtral": ("MixtralConfig", {**EXPERTS, "num_local_experts": 6, "sliding_window": 5}),
+    # The upper layer is dense.
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    ),
+    "qwen2-moe-windows": (
+        "Qwen2MoeConfig",
+        {**EXPERTS, **UPPER_WINDOW, "norm_topk_prob": True, "decoder_sparse_step": 2},
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", EXPERTS),
 }
 _RNG = np.random.default_rng(7)
 # 16 fills its bucket, so nothing is padded; the others are unequal and longer than any window.

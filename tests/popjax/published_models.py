@@ -49,6 +49,47 @@ MISTRAL_7B = _raw("mistral", 32000, 4096, 14336, 32, (32, 8), sliding_window=409
 QWEN25_7B = _raw("qwen2", 152064, 3584, 18944, 28, (28, 4))
 QWEN3_8B = _raw("qwen3", 151936, 4096, 12288, 36, (32, 8), head_dim=128)
 QWEN3_32B = _raw("qwen3", 151936, 5120, 25600, 64, (64, 8), head_dim=128)
+MIXTRAL_8X7B = _raw(
+    "mixtral", 32000, 4096, 14336, 32, (32, 8), num_local_experts=8, num_experts_per_tok=2
+)
+QWEN15_MOE = _raw(
+    "qwen2_moe",
+    151936,
+    2048,
+    5632,
+    24,
+    (16, 16),
+    num_experts=60,
+    num_experts_per_tok=4,
+    moe_intermediate_size=1408,
+    shared_expert_intermediate_size=5632,
+)
+QWEN2_57B_MOE = _raw(
+    "qwen2_moe",
+    151936,
+    3584,
+    18944,
+    28,
+    (28, 4),
+    num_experts=64,
+    num_experts_per_tok=8,
+    moe_intermediate_size=2560,
+    shared_expert_intermediate_size=20480,
+)
+QWEN3_30B_MOE = _raw(
+    "qwen3_moe",
+    151936,
+    2048,
+    6144,
+    48,
+    (32, 4),
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+)
+OLMOE_7B = _raw("olmoe", 50304, 2048, 1024, 16, (16, 16), num_experts=64, num_experts_per_tok=8)
 SMOLLM2_135M = _raw("llama", 49152, 576, 1536, 30, (9, 3), tie_word_embeddings=True)
 GEMMA2_2B = _raw("gemma2", 256000, 2304, 9216, 26, (8, 4), head_dim=256)
 GEMMA2_9B = _raw("gemma2", 256000, 3584, 14336, 42, (16, 8), head_dim=256)
@@ -94,12 +135,11 @@ PARAMETER_COUNTS: dict[str, tuple[dict[str, Any], int]] = {
     "OPT-6.7B": (OPT_67B, 6_658_473_984),
     "Pythia-160M": (PYTHIA_160M, 162_322_944),
     "Pythia-6.9B": (PYTHIA_69B, 6_857_302_016),
+    "Mixtral-8x7B-v0.1": (MIXTRAL_8X7B, 46_702_792_704),
+    "Qwen1.5-MoE-A2.7B": (QWEN15_MOE, 14_315_784_192),
+    "Qwen3-30B-A3B": (QWEN3_30B_MOE, 30_532_122_624),
+    "OLMoE-1B-7B": (OLMOE_7B, 6_919_161_856),
 }
-
-
-def _experts(top_k: int, width: int) -> int:
-    """FFN width of the dense layer that a token's routed experts amount to."""
-    return top_k * width
 
 
 # FFN ratio in percent at a model ratio of 20 % and 40 % (arXiv 2602.06822, Table 8). Of the
@@ -112,17 +152,9 @@ FFN_RATIOS: dict[str, tuple[dict[str, Any], float, float]] = {
     "Llama-3.1-70B": (LLAMA_31_70B, 24.3, 48.6),
     "Qwen3-8B": (QWEN3_8B, 25.6, 51.1),
     "Qwen3-32B": (QWEN3_32B, 24.8, 49.6),
-    "Qwen1.5-MoE-A2.7B": (
-        _raw("qwen2", 151936, 2048, _experts(4, 1408), 24, (16, 16)),
-        29.7,
-        59.4,
-    ),
-    "Qwen2-57B-A14B": (_raw("qwen2", 151936, 3584, _experts(8, 2560), 28, (28, 4)), 22.7, 45.3),
-    "Qwen3-30B-A3B": (
-        _raw("qwen3", 151936, 2048, _experts(8, 768), 48, (32, 4), head_dim=128),
-        30.0,
-        60.0,
-    ),
+    "Qwen1.5-MoE-A2.7B": (QWEN15_MOE, 29.7, 59.4),
+    "Qwen2-57B-A14B": (QWEN2_57B_MOE, 22.7, 45.3),
+    "Qwen3-30B-A3B": (QWEN3_30B_MOE, 30.0, 60.0),
     "Qwen2-VL-7B": (QWEN25_7B, 22.9, 45.8),
     "Qwen2.5-VL-7B": (QWEN25_7B, 22.9, 45.8),
 }

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from checkpoints.slices import parts_of
 from popjax import axes
 from popjax.config import ModelConfig, RopeConfig
 from popjax.families import FAMILIES, model_config
@@ -24,7 +25,7 @@ from tests.popjax.published_models import (
     QWEN3_8B,
     QWEN25_7B,
 )
-from tests.popjax.tiny_models import CONFIGS, tiny
+from tests.popjax.tiny_models import CONFIGS, MIXTURES, tiny
 
 
 def windows(config: ModelConfig) -> list[int | None]:
@@ -93,9 +94,9 @@ def test_qwen_switches() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model_type": "lama"}, "'lama' is not supported: .*gpt_neox; the nearest is 'llama'"),
-        ({"model_type": "mixtral"}, "the nearest is 'mistral'"),
-        ({"model_type": "zzz"}, "popjax runs llama, mistral, .*, opt, gpt_neox$"),
+        ({"model_type": "lama"}, "'lama' is not supported: .*gpt_neox, .*; the nearest is 'llama'"),
+        ({"model_type": "mistrel"}, "the nearest is 'mistral'"),
+        ({"model_type": "zzz"}, "popjax runs llama, mistral, .*, opt, gpt_neox, .*, olmoe$"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_size": 10**9}, "embed_dim 1000000000 .* outside 1..131072"),
         ({"num_hidden_layers": 10**9}, "num_layers 1000000000 .* outside 1..1024"),
@@ -211,7 +212,7 @@ def test_impossible_values_of_later_families_are_refused(
         model_config({**raw, **change})
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", {**CONFIGS, **dict.fromkeys(MIXTURES)})
 @pytest.mark.parametrize("form", ["hf_rows", "gguf_rows"])
 def test_every_parameter_has_one_name_in_a_file(family: str, form: str) -> None:
     config = tiny(family)
@@ -219,7 +220,8 @@ def test_every_parameter_has_one_name_in_a_file(family: str, form: str) -> None:
     if not rows:
         assert FAMILIES[config.family].gguf_architecture is None
         return
-    for path in axes.parameter_paths(dataclasses.replace(config, tie_embeddings=False)):
+    shapes = axes.parameter_shapes(dataclasses.replace(config, tie_embeddings=False))
+    for path in (part for whole in shapes for part in parts_of(whole, shapes[whole], rows)):
         names = [name for row in rows if (name := row.to_source(path)) is not None]
         assert len(names) == 1, path
         targets = [paths for row in rows if (paths := row.to_targets(names[0])) is not None]

@@ -26,7 +26,8 @@ def test_rows_cover_every_parameter(family: str) -> None:
     groups = inspection.group_bytes(rows)
     assert sum(groups.values()) == 4 * axes.parameter_count(config)
     # The tiny layers differ in width, so that each has FFN rows of its own.
-    assert [row.shape for row in rows if row.path == "layer_{i}/mlp/up"] == [(48, 32), (40, 32)]
+    paths = ("layer_{i}/mlp/up", "layer_{i}/shared/up")
+    assert [row.shape for row in rows if row.path in paths] == [(48, 32), (40, 32)]
     ffn = sum(layer.mlp_dim * config.channel_size * 4 for layer in config.layers)
     ffn += config.mlp_bias * config.num_layers * config.embed_dim * 4
     assert groups["FFN"] == ffn

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from popjax import axes
-from popjax.config import LayerConfig, ModelConfig, RopeConfig
+from popjax.config import LayerConfig, ModelConfig, MoeConfig, RopeConfig
 
 # Longer than mistral's window, so that keys fall out of it; row 2 is short enough for two buckets.
 PROMPTS: list[list[int]] = [
@@ -23,6 +23,7 @@ PROMPTS: list[list[int]] = [
     [7, 64, 25],
 ]
 VOCAB = 97
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 WINDOW = 5
 
 LLAMA3_ROPE = RopeConfig(
@@ -39,6 +40,11 @@ _TILED_LAYER = dataclasses.replace(LAYER, mlp_dim=300)
 TILED = ModelConfig("llama", 96, 1024, (_TILED_LAYER, _TILED_LAYER), max_positions=64)
 
 
+def mixture(layer: LayerConfig, expert_dim: int, **options: Any) -> LayerConfig:
+    """The layer with eight experts, of which a token uses three, beside the FFN that it has."""
+    return dataclasses.replace(layer, moe=MoeConfig(8, 3, expert_dim, **options))
+
+
 def tiny(family: str, vocab_size: int = VOCAB) -> ModelConfig:
     """A two-layer config of a family, or of "llama3" for llama with scaled rotation."""
     layer = LAYER
@@ -50,8 +56,12 @@ def tiny(family: str, vocab_size: int = VOCAB) -> ModelConfig:
         layer = dataclasses.replace(LAYER, window=WINDOW)
     elif family == "qwen2":
         fields = {"qkv_bias": True, "tie_embeddings": True}
-    elif family == "qwen3":
+    elif family in ("qwen3", "qwen3_moe"):
         fields = {"qk_norm": True}
+    elif family == "qwen2_moe":
+        fields = {"qkv_bias": True}
+    elif family == "olmoe":
+        fields = {"qk_norm": True, "qk_norm_over": "all"}
     else:
         layer = dataclasses.replace(layer, **NEWER_LAYERS.get(family, {}))
         fields = NEWER.get(family, {})
@@ -61,8 +71,14 @@ def tiny(family: str, vocab_size: int = VOCAB) -> ModelConfig:
         second = dataclasses.replace(second, window=None, rope=RopeConfig(1e6, "linear", 8.0))
     if family == "gemma2":
         second = dataclasses.replace(second, rope=layer.rope)
+    layers = (layer, second)
+    if family == "qwen2_moe":
+        layers = (mixture(layer, 24, shared_gate=True), second)
+    elif family in MIXTURES:
+        alone = (mixture(y, y.mlp_dim // 2) for y in layers)
+        layers = tuple(dataclasses.replace(y, mlp_dim=0) for y in alone)
     name = "llama" if family == "llama3" else family
-    return ModelConfig(name, vocab_size, 32, (layer, second), max_positions=64, **fields)
+    return ModelConfig(name, vocab_size, 32, layers, max_positions=64, **fields)
 
 
 # What the layers, and the whole, of later families have that llama has not.
@@ -90,7 +106,7 @@ NEWER: dict[str, dict[str, Any]] = {
     "opt": {**_UNGATED, "activation": "relu", "tie_embeddings": True, "position_offset": 2},
     "gpt_neox": {**_UNGATED, "activation": "gelu", "parallel": True},
 }
-FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", *NEWER)
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "qwen2_moe", *NEWER)
 CONFIGS = {family: tiny(family) for family in FAMILIES}
 
 
@@ -118,8 +134,11 @@ def _values(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.n
         # Also the output head where tied: logits of unit-size inputs get a spread of about 3.
         return values * 3 / math.sqrt(shape[-1])
     if leaf == "down":
-        loudness = np.exp(0.5 * rng.standard_normal((shape[0], 1)))
-        return values * loudness / math.sqrt(shape[0])
+        loudness = np.exp(0.5 * rng.standard_normal((*shape[:-1], 1)))
+        return values * loudness / math.sqrt(shape[-2])
+    if leaf == "router":
+        # Far apart, so that experts are not chosen by the last bit of a sum.
+        return values * 3 / math.sqrt(shape[-1])
     fan_in = shape[0] * shape[1] if leaf == "o" else shape[-1]
     return values / math.sqrt(fan_in)
 
@@ -130,7 +149,8 @@ def logit_tolerance(config: ModelConfig, logits: np.ndarray) -> float:
     A sum of n terms moves by about sqrt(n) roundings of its size; a layer chains seven products
     (q or k, scores, attention, o, gate or up, down and a norm), and the head is one more.
     """
-    longest = max(config.embed_dim, *(layer.mlp_dim for layer in config.layers))
+    widths = (layer.mlp_dim + layer.routed * layer.channels for layer in config.layers)
+    longest = max(config.embed_dim, *widths)
     chained = 7 * config.num_layers + 1
     rounding = float(np.finfo(np.float32).eps)
     return rounding * math.sqrt(longest) * chained * float(np.max(np.abs(logits)))

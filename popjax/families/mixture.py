@@ -1,0 +1,67 @@
+"""What families with mixtures of experts share: names of tensors, and experts added to a config.
+
+An expert is one FFN a tensor in files and one slice of a parameter here, hence `[{e}]`. Left out:
+GGUF files of mixtures, which popjax does not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container
+from typing import Any
+
+from checkpoints import Row
+from popjax.config import LayerConfig, ModelConfig, MoeConfig
+from popjax.families.family import required
+
+
+def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Rows of a router and its experts under `block`, such as "mlp", by the names of a family."""
+    start = f"model.layers.{{i}}.{block}"
+    return (
+        Row(f"{start}.gate.weight", "layer_{i}/moe/router", "same"),
+        Row(f"{start}.experts.{{e}}.{gate}.weight", "layer_{i}/moe/gate[{e}]", "same"),
+        Row(f"{start}.experts.{{e}}.{up}.weight", "layer_{i}/moe/up[{e}]", "same"),
+        Row(f"{start}.experts.{{e}}.{down}.weight", "layer_{i}/moe/down[{e}]", "transpose"),
+    )
+
+
+EXPERT_ROWS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def with_experts(
+    config: ModelConfig, moe: MoeConfig, shared_dim: int = 0, dense: Container[int] = ()
+) -> ModelConfig:
+    """The config with experts in every layer, but those of `dense`, in place of its FFN.
+
+    shared_dim: width of what every token uses beside them.
+    """
+
+    def layer_of(i: int, layer: LayerConfig) -> LayerConfig:
+        if i in dense:
+            return layer
+        return dataclasses.replace(layer, mlp_dim=shared_dim, moe=moe)
+
+    layers = tuple(layer_of(i, layer) for i, layer in enumerate(config.layers))
+    return dataclasses.replace(config, layers=layers)
+
+
+def moe_config(raw: dict[str, Any], width: str, renormalise: bool, **fields: Any) -> MoeConfig:
+    """The experts of a raw config, `width` naming their size there.
+
+    Raises ValueError naming a bad value.
+    """
+    # Newer files of one family carry the name that older ones of another do.
+    named = "num_experts" if "num_experts" in raw else "num_local_experts"
+    num_experts = required(raw, named, "num_experts")
+    top_k = required(raw, "num_experts_per_tok", "num_experts")
+    return MoeConfig(num_experts, top_k, required(raw, width, "expert_dim"), renormalise, **fields)
+
+
+def dense_layers(raw: dict[str, Any]) -> frozenset[int]:
+    """Layers without experts by `mlp_only_layers` and `decoder_sparse_step`; ValueError if bad."""
+    step, listed = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise ValueError(f"decoder_sparse_step {step!r} in config.json is not a whole number >= 1")
+    layers = range(raw["num_hidden_layers"])
+    return frozenset(i for i in layers if i in listed or (i + 1) % step)

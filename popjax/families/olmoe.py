@@ -1,0 +1,42 @@
+"""OLMoE: a mixture of experts in every layer, and queries and keys normed over all their heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints import Row
+from popjax.config import ModelConfig
+from popjax.families.family import (
+    HF_O_BIAS_ROW,
+    HF_QKV_BIAS_ROWS,
+    HF_ROWS,
+    Family,
+    decoder_config,
+)
+from popjax.families.mixture import EXPERT_ROWS, moe_config, with_experts
+
+_NORM_ROWS = tuple(
+    Row(f"model.layers.{{i}}.self_attn.{x}_norm.weight", f"layer_{{i}}/attn/{x}_all_norm", "split")
+    for x in "qk"
+)
+
+
+def _config(raw: dict[str, Any]) -> ModelConfig:
+    if raw.get("clip_qkv") is not None:
+        raise ValueError(
+            f"clip_qkv {raw['clip_qkv']!r} is not supported for olmoe: no published checkpoint "
+            "has it"
+        )
+    bias, window = bool(raw.get("attention_bias", False)), raw.get("sliding_window")
+    fields = {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "qk_norm_over": "all"}
+    raw = {"rms_norm_eps": 1e-5, **raw}
+    config = decoder_config(raw, "olmoe", windows=lambda i: window, **fields)
+    renormalise = bool(raw.get("norm_topk_prob", False))
+    return with_experts(config, moe_config(raw, "intermediate_size", renormalise))
+
+
+FAMILY = Family(
+    model_type="olmoe",
+    config=_config,
+    hf_rows=(*HF_ROWS, *_NORM_ROWS, *HF_QKV_BIAS_ROWS, HF_O_BIAS_ROW, *EXPERT_ROWS),
+)

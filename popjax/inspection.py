@@ -24,6 +24,7 @@ from popjax.loading import Source
 from popjax.sparsity import channel_budget
 
 _GROUPS = {"embed": "embedding", "head": "output head", "attn": "attention", "mlp": "FFN"}
+_GROUPS |= {"shared": "FFN", "moe": "experts"}
 _LAYER = re.compile(r"layer_\d+/")
 # What a container may use at most: a number of bytes, or "max".
 _CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"
@@ -119,7 +120,8 @@ def memory_need(
     for layer in config.layers:
         budget = channel_budget(layer.mlp_dim, ratio, gamma / 2)
         evaluated = budget.retained + budget.candidate
-        if ratio and evaluated < layer.mlp_dim:
+        # Rows of experts are not packed: decoding reads them by index.
+        if ratio and layer.moe is None and evaluated < layer.mlp_dim:
             packed += 3 * evaluated * config.embed_dim * itemsize
     return MemoryNeed(
         weights=axes.parameter_count(config) * itemsize,

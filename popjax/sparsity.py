@@ -172,6 +172,7 @@ class ChannelPartition:
         )
 
 
+ChannelPartitions = tuple[ChannelPartition, ...]
 Partition = ChannelPartition | ExpertPartition
 Partitions = tuple[Partition, ...]
 

@@ -2,9 +2,11 @@
 
     expand: h = x w[e]^T (rows of w[e] as outputs)        contract: y = h w[e] (rows summed)
 
-Group e are the next `sizes[e]` vectors; what follows the last group gives zeros. On TPUs and GPUs
-this is XLA's ragged product, which reads the matrices of groups that are not empty. On a CPU that
-would be one masked product for every group, so there blocks of vectors are worked one by one.
+Group e are the next `sizes[e]` vectors; what follows the last group gives zeros. Many vectors on a
+TPU or GPU are XLA's ragged product. Few, as in a decode step, are worked block by block, which
+reads the matrices of groups that are not empty: the ragged product of a TPU would first transpose
+those of all groups. So are any on a CPU, where a ragged product is a masked one for every group
+(twenty times as long, measured).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.grouped_products import blocked, reference
 
+# Up to here a TPU or GPU works vectors by blocks.
+_FEW = 256
 # Which axes of the vectors and of w [E, F, D] are summed over, 1 of the former in both products.
 _SUMMED = {"expand": 2, "contract": 1}
 
@@ -40,7 +44,10 @@ def _grouped(
     def one_by_one(x: jax.Array, sizes: jax.Array, *weights: jax.Array) -> list[jax.Array]:
         return blocked.products(operation, x, weights, sizes)
 
-    outputs = jax.lax.platform_dependent(x, sizes, *weights, cpu=one_by_one, default=ragged)
+    if x.shape[0] <= _FEW:
+        outputs = one_by_one(x, sizes, *weights)
+    else:
+        outputs = jax.lax.platform_dependent(x, sizes, *weights, cpu=one_by_one, default=ragged)
     grouped = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
     # Beyond the groups a product may leave whatever was there.
     return [jnp.where(grouped[:, None], y, jnp.zeros((), y.dtype)) for y in outputs]

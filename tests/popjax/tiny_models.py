@@ -47,7 +47,8 @@ def mixture(layer: LayerConfig, expert_dim: int, **options: Any) -> LayerConfig:
 
 def tiny(family: str, vocab_size: int = VOCAB) -> ModelConfig:
     """A two-layer config of a family, or of "llama3" for llama with scaled rotation."""
-    layer, fields = LAYER, {}
+    layer = LAYER
+    fields: dict[str, Any] = {}
     if family == "llama3":
         layer, fields = dataclasses.replace(LAYER, rope=LLAMA3_ROPE), {"tie_embeddings": True}
     elif family == "mistral":

@@ -276,7 +276,7 @@ def counted(made: Rehearsal, prefill: Program, decode: Program) -> Forecast:
     weights, cached = shard_bytes(full), shard_bytes(made.state.cache.layers)
     # Packed rows lie beside the full weights, which stay for the next prompt.
     extra = sum(shard_bytes(rows[name]["mlp"]) for name in rows if rows[name] is not full[name])
-    read = _read_weights(rows, workload)
+    read = read_weights(rows, workload)
     mesh, chip = made.place.mesh, workload.target.chip
     return Forecast(
         method=method_name(workload.method),
@@ -306,7 +306,7 @@ def _held(program: Program, weights: int, packed: int, cache: int, given: int) -
     )
 
 
-def _read_weights(params: Params, workload: Workload) -> int:
+def read_weights(params: Params, workload: Workload) -> int:
     """Bytes of weights on a chip that a decode step reads: `report.bytes_per_token`, a shard's.
 
     Of experts the most that the rows of the batch can go to on one chip.

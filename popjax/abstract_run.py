@@ -18,6 +18,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from popjax import cache as kv
 from popjax import generate, sharding
 from popjax.config import ModelConfig
+from popjax.expert_partition import ExpertPartition, with_order
 from popjax.generate import DecodeState, Options
 from popjax.methods import Method, check_evaluated
 from popjax.nn.transformer import Inputs, Outputs
@@ -76,11 +77,18 @@ def packed(
     if plan.channels is None:
         return params, config, None
     check_evaluated(method, config, [part.evaluated for part in plan.channels])
-    narrow = config.with_mlp_dims(tuple(part.evaluated for part in plan.channels))
+    pairs = zip(plan.channels, config.layers, strict=True)
+    dims = (layer.mlp_dim if layer.moe else part.evaluated for part, layer in pairs)
+    narrow = config.with_mlp_dims(tuple(dims))
     rows = place.params(narrow, params["embed"]["table"].dtype)
     layers, parts = {}, []
     for i, (part, layer) in enumerate(zip(plan.channels, config.layers, strict=True)):
-        name, whole = f"layer_{i}", keeps_order(part, layer.mlp_dim)
+        name = f"layer_{i}"
+        if isinstance(part, ExpertPartition):
+            layers[name] = params[name]
+            parts.append(jax.eval_shape(with_order, part, params[name]["moe"]["down"]))
+            continue
+        whole = keeps_order(part, layer.mlp_dim)
         layers[name] = params[name] if whole else {**params[name], "mlp": rows[name]["mlp"]}
         parts.append(_packed_partition(part, whole))
     return {**params, **layers}, narrow, place.abstract(tuple(parts), "F")

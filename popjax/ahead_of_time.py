@@ -204,7 +204,10 @@ def implementation_of(workload: Workload) -> str:
     """How the decode steps of a run on TPUs would be computed, by what the kernels serve."""
     if workload.implementation is not None:
         return workload.implementation
-    shape = (workload.config.layers[0].mlp_dim, workload.config.embed_dim)
+    width = next((layer.mlp_dim for layer in workload.config.layers if layer.mlp_dim), None)
+    if width is None:
+        return "pallas_tpu"  # experts only: for attention
+    shape = (width, workload.config.embed_dim)
     matrix = jax.ShapeDtypeStruct(shape, jnp.dtype(workload.dtype))
     return "pallas_tpu" if pallas_obstacle("pallas_tpu", matrix, workload.batch) is None else "xla"
 
@@ -273,7 +276,7 @@ def counted(made: Rehearsal, prefill: Program, decode: Program) -> Forecast:
     weights, cached = shard_bytes(full), shard_bytes(made.state.cache.layers)
     # Packed rows lie beside the full weights, which stay for the next prompt.
     extra = sum(shard_bytes(rows[name]["mlp"]) for name in rows if rows[name] is not full[name])
-    read = _read_weights(rows, workload.config)
+    read = read_weights(rows, workload)
     mesh, chip = made.place.mesh, workload.target.chip
     return Forecast(
         method=method_name(workload.method),
@@ -303,9 +306,18 @@ def _held(program: Program, weights: int, packed: int, cache: int, given: int) -
     )
 
 
-def _read_weights(params: Params, config: ModelConfig) -> int:
-    """Bytes of weights on a chip that a decode step reads: `report.bytes_per_token`, a shard's."""
-    total = shard_bytes(params)
+def read_weights(params: Params, workload: Workload) -> int:
+    """Bytes of weights on a chip that a decode step reads: `report.bytes_per_token`, a shard's.
+
+    Of experts the most that the rows of the batch can go to on one chip.
+    """
+    total, config = shard_bytes(params), workload.config
+    for i, layer in enumerate(config.layers):
+        if layer.moe is not None:
+            experts = [params[f"layer_{i}"]["moe"][name] for name in ("gate", "up", "down")]
+            held = experts[0].sharding.shard_shape(experts[0].shape)[0]
+            unread = held - min(held, workload.batch * layer.moe.top_k)
+            total -= shard_bytes(experts) * unread // held
     if not config.tie_embeddings:
         table = params["embed"]["table"]
         total -= shard_bytes(table) - config.embed_dim * table.dtype.itemsize

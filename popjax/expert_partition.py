@@ -159,5 +159,12 @@ def checked_experts(i: int, part: object, layer: LayerConfig) -> ExpertPartition
             f"channels, the layer has {layer.routed} of {M}"
         )
     retained, candidate = (jnp.asarray(np.sort(s, axis=1), jnp.int32) for s in sets)
-    static = {"k_selected": part.k_selected, "top_k": part.top_k, "expert_dim": M}
-    return ExpertPartition(retained, candidate, part.whole, **static)
+    whole = None if part.whole is None else jnp.asarray(part.whole, bool)
+    return ExpertPartition(
+        retained,
+        candidate,
+        whole,
+        k_selected=part.k_selected,
+        top_k=part.top_k,
+        expert_dim=M,
+    )

@@ -128,7 +128,8 @@ def memory_need(
     for layer in config.layers:
         budget = channel_budget(layer.mlp_dim, ratio, gamma / 2)
         evaluated = budget.retained + budget.candidate
-        if ratio and evaluated < layer.mlp_dim:
+        # Rows of experts are not packed: decoding reads them by index.
+        if ratio and layer.moe is None and evaluated < layer.mlp_dim:
             packed += evaluated * config.channel_size * itemsize
     return MemoryNeed(
         weights=axes.parameter_count(config) * itemsize,

@@ -20,7 +20,14 @@ from kernels_pallas.row_products.tpu import LANES, tile_rows, tiled
 from popjax import sharding
 from popjax.config import ModelConfig
 from popjax.expert_partition import ExpertPartition, with_order
-from popjax.sparsity import ChannelPartition, Params, Partition, Partitions, keeps_order
+from popjax.sparsity import (
+    ChannelPartition,
+    ChannelPartitions,
+    Params,
+    Partition,
+    Partitions,
+    keeps_order,
+)
 
 
 def pack(
@@ -84,8 +91,8 @@ def _ordered(
 @functools.partial(jax.jit, static_argnames="mesh")
 @sharding.over_mesh("F", "F", outs="F")
 def pack_shards(
-    mlps: Sequence[Params], partitions: Partitions, *, mesh: Mesh
-) -> tuple[list[Params | None], Partitions]:
+    mlps: Sequence[Params], partitions: ChannelPartitions, *, mesh: Mesh
+) -> tuple[list[Params | None], ChannelPartitions]:
     """FFN parameters of every layer on a mesh packed by shard, None for one that keeps its own."""
     widths = [mlp["down"].shape[0] for mlp in mlps]
     packed, parts = _pack_layers(mlps, partitions, widths)
@@ -102,8 +109,8 @@ def pack_layer(
 
 
 def _pack_layers(
-    mlps: Sequence[Params], partitions: Partitions, widths: Sequence[int]
-) -> tuple[list[Params], Partitions]:
+    mlps: Sequence[Params], partitions: ChannelPartitions, widths: Sequence[int]
+) -> tuple[list[Params], ChannelPartitions]:
     # All layers in one call each: dispatch for every matrix costs as much as copying a small one.
     whole = [keeps_order(p, width) for p, width in zip(partitions, widths, strict=True)]
     packed = [mlp if keep else dict(mlp) for mlp, keep in zip(mlps, whole, strict=True)]
@@ -133,7 +140,7 @@ def _with_norms(part: ChannelPartition, down: jax.Array) -> ChannelPartition:
 
 
 @jax.jit
-def _evaluated_rows(partitions: Partitions) -> list[jax.Array]:
+def _evaluated_rows(partitions: ChannelPartitions) -> list[jax.Array]:
     return [jnp.concatenate([part.retained, part.candidate]) for part in partitions]
 
 

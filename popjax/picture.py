@@ -17,7 +17,7 @@ import numpy as np
 from checkpoints.atomic import new_file
 from popjax.config import ModelConfig
 from popjax.generate import Masks
-from popjax.sparsity import ChannelPartition, Partitions, keeps_order
+from popjax.sparsity import ChannelPartition, ChannelPartitions, Partitions, keeps_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +46,19 @@ class Decided:
     """What a run decided: partition over the F channels, masks [steps, B, R+C] a layer or None."""
 
     config: ModelConfig
-    partition: Partitions
+    partition: ChannelPartitions
     masks: Masks | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, partition: Partitions, masks: Masks | None) -> Decided:
+        """What a run decided. Raises ValueError for a model with experts, which has no picture."""
+        parts = tuple(part for part in partition if isinstance(part, ChannelPartition))
+        if len(parts) < len(partition):
+            raise ValueError(
+                "a mixture of experts has partitions for each expert, which no picture shows: "
+                "draw a model without experts"
+            )
+        return cls(config, parts, masks)
 
     @property
     def counts(self) -> tuple[int, int, int]:

@@ -141,7 +141,8 @@ def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
     """What decode steps run on; ValueError where that cannot serve the request."""
     # The kernels of accelerators serve FFNs that are not experts.
     layers = (held for name, held in params.items() if name.startswith("layer_"))
-    matrix = next((held["mlp"]["down"] for held in layers if "mlp" in held), None)
+    ffns = (held.get("mlp", held.get("shared")) for held in layers)
+    matrix = next((ffn["down"] for ffn in ffns if ffn is not None), None)
     asked, vectors = request.options.implementation, len(request.prompts)
     found = implementation_for(asked, params, matrix, vectors)
     if request.options.pack:

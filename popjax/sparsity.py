@@ -173,6 +173,7 @@ class ChannelPartition:
         )
 
 
+ChannelPartitions = tuple[ChannelPartition, ...]
 Partition = ChannelPartition | ExpertPartition
 Partitions = tuple[Partition, ...]
 

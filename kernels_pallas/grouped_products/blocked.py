@@ -7,7 +7,8 @@ over. Leaves zeroing what lies beyond the groups to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +30,15 @@ def products(
     operation: str, x: jax.Array, weights: Sequence[jax.Array], sizes: jax.Array
 ) -> list[jax.Array]:
     """The products [M, ...] of x [M, ...] with each of several w [E, F, D], of equal shapes."""
-    M, E = x.shape[0], sizes.shape[0]
-    step = block_size(M, E)
-    counts = -(-sizes // step)
-    blocks_end, ends = jnp.cumsum(counts), jnp.cumsum(sizes)
+    M = x.shape[0]
+    blocks = _Blocks(M, sizes)
+    step = blocks.step
     padded = jnp.pad(x, ((0, step), (0, 0)))
     width = weights[0].shape[1 if operation == "expand" else 2]
 
     def one(state: tuple) -> tuple:
         block, outputs = state
-        group = jnp.searchsorted(blocks_end, block, side="right").astype(jnp.int32)
-        nth = block - (blocks_end[group] - counts[group])
-        start = (ends[group] - sizes[group]) + nth * step
+        group, start = blocks.at(block)
         vectors = jax.lax.dynamic_slice_in_dim(padded, start, step)
         written = []
         for w, y in zip(weights, outputs, strict=True):
@@ -50,6 +48,42 @@ def products(
         return block + 1, written
 
     empty = [jnp.zeros((M + step, width), x.dtype) for _ in weights]
-    total = blocks_end[-1]
-    _, outputs = jax.lax.while_loop(lambda s: s[0] < total, one, (jnp.zeros_like(total), empty))
-    return [y[:M] for y in outputs]
+    return [y[:M] for y in blocks.over(one, empty)]
+
+
+def outer(rows: jax.Array, columns: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Sum [E, F, D] over the vectors of each group of rows [M, F] times columns [M, D]."""
+    blocks = _Blocks(rows.shape[0], sizes)
+    step, ends = blocks.step, jnp.cumsum(sizes)
+    sides = [jnp.pad(side, ((0, step), (0, 0))) for side in (rows, columns)]
+
+    def one(state: tuple) -> tuple:
+        block, total = state
+        group, start = blocks.at(block)
+        own = start + jnp.arange(step, dtype=start.dtype) < ends[group]
+        left, right = (jax.lax.dynamic_slice_in_dim(side, start, step) for side in sides)
+        product = jnp.einsum("MF,MD->FD", jnp.where(own[:, None], left, 0), right)
+        return block + 1, total.at[group].add(product)
+
+    return blocks.over(one, jnp.zeros((*sizes.shape, rows.shape[1], columns.shape[1]), rows.dtype))
+
+
+class _Blocks:
+    """Where the blocks of sorted vectors start, group after group."""
+
+    def __init__(self, vectors: int, sizes: jax.Array) -> None:
+        self.step = block_size(vectors, sizes.shape[0])
+        self._counts = -(-sizes // self.step)
+        self._ends = jnp.cumsum(self._counts)
+        self._starts = jnp.cumsum(sizes) - sizes
+
+    def at(self, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The group of a block and the place of its first vector."""
+        group = jnp.searchsorted(self._ends, block, side="right").astype(jnp.int32)
+        nth = block - (self._ends[group] - self._counts[group])
+        return group, self._starts[group] + nth * self.step
+
+    def over(self, one: Callable[[tuple], tuple], first: Any) -> Any:
+        """What `one` makes of (block, what it made before) for all blocks in order."""
+        total = self._ends[-1]
+        return jax.lax.while_loop(lambda s: s[0] < total, one, (jnp.zeros_like(total), first))[1]

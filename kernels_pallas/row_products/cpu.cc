@@ -44,7 +44,6 @@ ffi::Error read_sets(const ffi::AnyBuffer& rows, const ffi::AnyBuffer& counts, i
                      std::to_string(out.capacity));
     }
     out.counts.push_back(count[s]);
-    std::fill(seen.begin(), seen.end(), 0);
     for (int64_t i = 0; i < count[s]; ++i) {
       const int64_t row = index[s * out.capacity + i];
       if (row < 0 || row >= size) {
@@ -53,6 +52,8 @@ ffi::Error read_sets(const ffi::AnyBuffer& rows, const ffi::AnyBuffer& counts, i
       if (seen[row]++) return invalid("row " + std::to_string(row) + " is named twice");
       out.rows[s * out.capacity + i] = row;
     }
+    // Only what was marked: a matrix may have far more rows than a list names.
+    for (int64_t i = 0; i < count[s]; ++i) seen[out.rows[s * out.capacity + i]] = 0;
   }
   return ffi::Error::Success();
 }

@@ -130,7 +130,7 @@ def _draw(
     ]
     picture.draw(
         output,
-        picture.Decided(model.config, found.partition, found.masks),
+        picture.Decided.of(model.config, found.partition, found.masks),
         title=f"{model.name} ({_described(method, found)})",
         prompt=prompt,
         written=written[1:],  # the prefill wrote the first

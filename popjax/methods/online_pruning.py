@@ -134,7 +134,7 @@ class OnlinePruning(Method):
         return partition_of(statistic, layer, self.budget(layer.channels), rules)
 
     def selection(self, partition: ChannelPartition) -> Selection | None:
-        return partition.selection(**self.expert_selection())
+        return partition.selection(weighted=self.score != "activation", shared=self.batch_shared)
 
     def expert_selection(self) -> dict[str, bool]:
         return {"weighted": self.score != "activation", "shared": self.batch_shared}

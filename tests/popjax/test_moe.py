@@ -85,7 +85,7 @@ def numpy_output() -> np.ndarray:
     y, down = np.zeros((N, D)), np.asarray(WEIGHTS["down"], np.float64)
     for n in np.flatnonzero(VALID):
         for j in range(K):
-            y[n] += weights[n, j] * numpy_channels(n, experts[n, j]) @ down[experts[n, j]]
+            y[n] += weights[n, j] * numpy_channels(int(n), experts[n, j]) @ down[experts[n, j]]
     return y
 
 
@@ -126,7 +126,7 @@ def test_an_expert_is_scored_by_the_tokens_routed_to_it(gate_weighted: bool) -> 
     for n in np.flatnonzero(VALID):
         for j in range(K):
             share = weights[n, j] if gate_weighted else 1.0
-            squares[experts[n, j]] += (share * numpy_channels(n, experts[n, j])) ** 2
+            squares[experts[n, j]] += (share * numpy_channels(int(n), experts[n, j])) ** 2
             counts[experts[n, j]] += 1
     norms = {
         name: np.linalg.norm(np.asarray(w, np.float64), axis=-1) for name, w in WEIGHTS.items()

@@ -24,6 +24,8 @@ from popjax import cache as kv
 from popjax import renumbering, sharding
 from popjax.buckets import bucket
 from popjax.config import ModelConfig
+from popjax.depth.applied import applied
+from popjax.depth.method import DepthPlan
 from popjax.eviction.pool import alignment
 from popjax.generate import PROGRAMS, DecodeState, Masks
 from popjax.methods import Method, check_evaluated
@@ -45,7 +47,8 @@ class RunResult:
     decode.
     implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kept: what
     an eviction left of the prompt, or of the context; None where nothing went; pooled_tokens: how
-    many tokens these had.
+    many tokens these had. layers: those of the model that ran, which everything here is of; depth:
+    what the prompt did at each, None where it ran all.
     """
 
     tokens: np.ndarray
@@ -64,6 +67,8 @@ class RunResult:
     implementation: str
     kept: kv.Kept | None = None
     pooled_tokens: int = 0
+    layers: tuple[int, ...] = ()
+    depth: DepthPlan | None = None
 
 
 class _Clock:
@@ -88,8 +93,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     Raises ValueError, before anything is compiled, for a request that the model cannot serve, and
     after prefill or decode for channel scores or logits that are not finite.
     """
-    method = request.method.for_model(config)
     mesh = sharding.mesh_of(params, config)
+    request, params, config, layers = applied(request, params, config, mesh)
+    method = request.method.for_model(config)
     request = settled(request, config, method)
     implementation = _implementation(request, params, mesh)
     options = dataclasses.replace(request.options, implementation=implementation)
@@ -132,7 +138,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     partition = renumbering.from_shards(partition, config, mesh)
     masks = renumbering.masks_from_shards(state.masks, partition, config, mesh)
     state = dataclasses.replace(state, masks=masks)
-    return _result(request, state, partition, kept, clock, compilations, extra)
+    result = _result(request, state, partition, kept, clock, compilations, extra)
+    plan = None if request.depth is None else request.depth.plan(config)
+    return dataclasses.replace(result, layers=layers, depth=plan)
 
 
 def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
@@ -185,6 +193,7 @@ def _prefill(request: Request, config: ModelConfig, method: Method, mesh: Mesh |
         offset=0 if context is None else len(context.tokens),
         mesh=mesh,
         align=alignment(request.options.implementation),
+        depth=request.depth,
     )
 
 

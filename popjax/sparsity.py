@@ -179,6 +179,12 @@ class Plan:
     channels: Partitions | None = None
 
 
+def whole_partition(mlp_dim: int) -> ChannelPartition:
+    """The partition that keeps every channel on."""
+    every = jnp.arange(mlp_dim, dtype=jnp.int32)
+    return ChannelPartition(every, jnp.zeros((0,), jnp.int32))
+
+
 def partition_by_rank(scores: jax.Array, budget: ChannelBudget) -> ChannelPartition:
     """Partition of the channels by descending scores [F]: the best are R, the next C."""
     order = jnp.argsort(-scores.astype(jnp.float32), stable=True).astype(jnp.int32)

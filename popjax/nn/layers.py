@@ -7,6 +7,7 @@ shell holds one shard of its heads or channels, and `shards` names the mesh axes
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -68,19 +69,24 @@ class Attention(nn.Module):
         cache: LayerCache,
         slot: jax.Array,
         table: RopeTable,
-        positions: tuple[jax.Array, jax.Array],
+        positions: tuple[jax.Array, jax.Array] | None,
         kept: Kept | None = None,
-    ) -> tuple[jax.Array, LayerCache, AttentionActs]:
+    ) -> tuple[Any, LayerCache, Any]:
         """x [B, T, D] at query positions [B, T] attends to key positions [B, S] -> [B, T, D].
 
-        `kept` adds what an eviction left of the layer. The third result is what it saw.
+        `kept` adds what an eviction left of the layer. The third result is what it saw. Without
+        positions nothing attends: tokens leave keys and values, and the other results are None.
         """
-        q, k, v = self._heads(x)
+        *q, k, v = self._heads(x, "kv" if positions is None else "qkv")
+        if self.config.qk_norm:
+            k = ops.rms_norm(k, declare(self, "k_norm", self.config), self.config.norm_eps)
+        cache = write_layer(cache, ops.rotate(k, table), v, slot)
+        if positions is None:
+            return None, cache, None
+        (q,) = q
         if self.config.qk_norm:
             q = ops.rms_norm(q, declare(self, "q_norm", self.config), self.config.norm_eps)
-            k = ops.rms_norm(k, declare(self, "k_norm", self.config), self.config.norm_eps)
-        q, k = ops.rotate(q, table), ops.rotate(k, table)
-        cache = write_layer(cache, k, v, slot)
+        q = ops.rotate(q, table)
         out = ops.cached_attention(
             q, cache.k, cache.v, *positions, self.layer.window, self.implementation, kept
         )
@@ -90,11 +96,11 @@ class Attention(nn.Module):
             y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
         return y, cache, AttentionActs(x, q, cache.k, cache.v, *positions, slot)
 
-    def _heads(self, x: jax.Array) -> list[jax.Array]:
-        weights = [declare(self, name, self.config) for name in "qkv"]
+    def _heads(self, x: jax.Array, names: str) -> list[jax.Array]:
+        weights = [declare(self, name, self.config) for name in names]
         heads = ops.heads_in(x, weights, self.implementation)
         if self.config.qkv_bias:
-            biases = [declare(self, f"{name}_bias", self.config) for name in "qkv"]
+            biases = [declare(self, f"{name}_bias", self.config) for name in names]
             heads = [
                 y + b.astype(y.dtype)[None, None, :, :] for y, b in zip(heads, biases, strict=True)
             ]

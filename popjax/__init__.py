@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from popjax.config import ModelConfig
     from popjax.context import Context
+    from popjax.depth import (
+        DEPTH_METHODS,
+        DepthMethod,
+        PrefillPruning,
+        ShortGPT,
+        depth_method_named,
+    )
     from popjax.eviction import (
         H2O,
         KV_METHODS,
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
     from popjax.sparsity import ChannelBudget, ChannelPartition, channel_budget
 
 __all__ = [
+    "DEPTH_METHODS",
     "H2O",
     "KV_METHODS",
     "METHODS",
@@ -54,6 +62,7 @@ __all__ = [
     "ChannelPartition",
     "Context",
     "CriticalKV",
+    "DepthMethod",
     "FastKVzip",
     "Frozen",
     "Generation",
@@ -65,15 +74,18 @@ __all__ = [
     "Method",
     "ModelConfig",
     "OnlinePruning",
+    "PrefillPruning",
     "PrefixKV",
     "PyramidKV",
     "Report",
     "RescoreAll",
     "SamplingConfig",
+    "ShortGPT",
     "SnapKV",
     "StreamingLLM",
     "Tova",
     "channel_budget",
+    "depth_method_named",
     "kv_method_named",
     "load",
     "method_named",
@@ -82,6 +94,13 @@ __all__ = [
 _HOMES = {
     "config": ("ModelConfig",),
     "context": ("Context",),
+    "depth": (
+        "DEPTH_METHODS",
+        "DepthMethod",
+        "PrefillPruning",
+        "ShortGPT",
+        "depth_method_named",
+    ),
     "eviction": (
         "H2O",
         "KV_METHODS",

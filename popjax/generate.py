@@ -99,9 +99,8 @@ def prefill(
 ) -> Outputs:
     """Run the prompt into a fresh cache of `capacity` slots; logits [B, V] of its last token."""
     config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
-    eviction = eviction or KvMethod()
+    eviction, dtype = eviction or KvMethod(), params["embed"]["table"].dtype
     model = Transformer(config, method, shards=shards, eviction=eviction, depth=depth)
-    dtype = params["embed"]["table"].dtype
     cache = kv.empty(config, inputs.tokens.shape[0], capacity, dtype)
     return _apply(model, params, "prefill", inputs, cache, partition)
 

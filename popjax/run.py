@@ -48,7 +48,8 @@ class RunResult:
     implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kept: what
     an eviction left of the prompt, or of the context; None where nothing went; pooled_tokens: how
     many tokens these had. layers: those of the model that ran, which everything here is of; depth:
-    what the prompt did at each, None where it ran all.
+    what the prompts, of prompt_lengths after context_tokens, did at each, None where
+    they ran all.
     """
 
     tokens: np.ndarray
@@ -69,6 +70,8 @@ class RunResult:
     pooled_tokens: int = 0
     layers: tuple[int, ...] = ()
     depth: DepthPlan | None = None
+    prompt_lengths: tuple[int, ...] = ()
+    context_tokens: int = 0
 
 
 class _Clock:
@@ -320,6 +323,8 @@ def _result(
         steps=steps,
         compilations=compilations,
         prompt_tokens=_prompt_tokens(request),
+        prompt_lengths=tuple(len(prompt) for prompt in request.prompts),
+        context_tokens=len(request.context.tokens) if request.context else 0,
         cache_bytes=kv.bytes_held(dataclasses.replace(state.cache, kept=kept)),
         packed_bytes=packed_bytes,
         implementation=request.options.implementation or "",

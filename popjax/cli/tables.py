@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from popjax.bench import BenchResult
+    from popjax.depth.report import DepthReport
     from popjax.report import Comparison, LayerReport, Report
 
 PHASES = ("load", "compile", "prefill", "evict", "plan", "pack", "decode")
@@ -137,6 +138,8 @@ def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str
             f"{least} to {most} a layer, {format_bytes(kv.held_bytes)} of "
             f"{format_bytes(kv.dense_bytes)}",
         )
+    if report.depth is not None:
+        yield "layers", _depth(report.depth)
     phases = [
         f"{name} {seconds(report.seconds[name])}" for name in PHASES if name in report.seconds
     ]
@@ -146,6 +149,17 @@ def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str
         yield "decode speed", f"{report.tokens_per_second:.1f} tokens/s ({form})"
     if report.comparison is not None:
         yield from _comparison(report.comparison, report.new_tokens)
+
+
+def _depth(found: DepthReport) -> str:
+    """What the prompt skipped, in words."""
+    parts = [
+        f"{len(layers)} of {found.layers} {what} ({', '.join(map(str, layers))})"
+        for layers, what in ((found.skipped, "skipped in prefill"), (found.dropped, "dropped"))
+        if layers
+    ]
+    allowed = f"prefill FLOPs allow {found.dense_flops / found.flops:.2f} times dense speed"
+    return ", ".join([*parts, allowed])
 
 
 def _comparison(found: Comparison, new_tokens: int) -> Iterable[tuple[str, str]]:
@@ -193,6 +207,12 @@ def bench_view(result: BenchResult) -> RenderableType:
         (f"{row.name}, decode", speed_change(result.ratio(row.name).rounds))
         for row in result.methods
         if row.name != DENSE
+    ]
+    prefill = result[DENSE].prefill
+    verdicts += [
+        (f"{row.name}, prefill", speed_change(prefill.over(row.prefill).rounds))
+        for row in result.methods
+        if row.skips_layers
     ]
     return Group(title, table(*columns, rows=rows), facts(verdicts))
 

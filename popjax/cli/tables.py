@@ -6,7 +6,7 @@ Leaves out every computation but sums, shares and units: the values come from `r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from popjax.bench import DENSE, Spread, speedup_text
@@ -168,6 +168,16 @@ def _comparison(found: Comparison, new_tokens: int) -> Iterable[tuple[str, str]]
     yield "KL from dense", f"{found.kl:.4g} nats a token"
     shared = ", ".join(str(count) for count in found.first_difference)
     yield "same start", f"{shared} of {new_tokens} tokens, before dense's greedy text parts"
+
+
+def layer_table(scores: Mapping[str, Iterable[float]], title: str) -> Table:
+    """Scores of every layer, a column a kind."""
+    kinds = list(scores)
+    rows = [
+        (str(i), *(f"{value:.4g}" for value in values))
+        for i, values in enumerate(zip(*scores.values(), strict=True))
+    ]
+    return table("layer", *kinds, rows=rows, title=title)
 
 
 def speed_change(rounds: Sequence[float]) -> str:

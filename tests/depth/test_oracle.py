@@ -75,7 +75,8 @@ def after(
     at = first + jnp.arange(T, dtype=jnp.int32)[None]
     slots = first + T - S + jnp.arange(S, dtype=jnp.int32)[None]
     mask = ops.attention_mask(at, slots, config.layers[i].window)
-    out = ops.attention(q, *(y.swapaxes(1, 2) for y in seen), mask)
+    k, v = (y.swapaxes(1, 2) for y in seen)
+    out = ops.attention(q, k, v, mask)
     x = x + jnp.einsum("BTNH,NHD->BTD", out, weights["attn"]["o"])
     y = ops.rms_norm(x, weights["mlp_norm"]["scale"], config.norm_eps)
     gate, up = (jnp.einsum("BTD,FD->BTF", y, weights["mlp"][name]) for name in ("gate", "up"))

@@ -1,4 +1,4 @@
-"""Layers skipped in prefill on a mesh: the tokens of a run on one device, channels pruned or not."""
+"""Layers skipped in prefill on a mesh: tokens as on one device, channels pruned or not."""
 
 from __future__ import annotations
 

@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from popjax.config import ModelConfig
     from popjax.context import Context
+    from popjax.depth import (
+        DEPTH_METHODS,
+        DepthMethod,
+        PrefillPruning,
+        ShortGPT,
+        depth_method_named,
+    )
     from popjax.eviction import (
         H2O,
         KV_METHODS,
@@ -47,6 +54,7 @@ if TYPE_CHECKING:
     from popjax.sparsity import ChannelBudget, ChannelPartition, channel_budget
 
 __all__ = [
+    "DEPTH_METHODS",
     "H2O",
     "KV_METHODS",
     "METHODS",
@@ -55,6 +63,7 @@ __all__ = [
     "ChannelPartition",
     "Context",
     "CriticalKV",
+    "DepthMethod",
     "FastKVzip",
     "Frozen",
     "Generation",
@@ -66,16 +75,19 @@ __all__ = [
     "Method",
     "ModelConfig",
     "OnlinePruning",
+    "PrefillPruning",
     "PrefixKV",
     "PyramidKV",
     "Report",
     "RescoreAll",
     "SamplingConfig",
+    "ShortGPT",
     "SnapKV",
     "StreamingLLM",
     "Tova",
     "calibrated_partition",
     "channel_budget",
+    "depth_method_named",
     "kv_method_named",
     "load",
     "method_named",
@@ -85,6 +97,13 @@ __all__ = [
 _HOMES = {
     "config": ("ModelConfig",),
     "context": ("Context",),
+    "depth": (
+        "DEPTH_METHODS",
+        "DepthMethod",
+        "PrefillPruning",
+        "ShortGPT",
+        "depth_method_named",
+    ),
     "eviction": (
         "H2O",
         "KV_METHODS",

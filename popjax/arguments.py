@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from popjax.depth import DEPTH_METHODS, DepthMethod, depth_method_named
 from popjax.eviction import KV_METHODS, KvMethod, kv_method_named
 from popjax.methods import METHODS, Method, method_named
 from popjax.sampling import SamplingConfig
@@ -161,3 +162,22 @@ def chosen_eviction(
             "with them, or the budget to the method itself"
         )
     return kv
+
+
+def chosen_depth(depth: DepthMethod | str | None, skip: float | None) -> DepthMethod | None:
+    """The depth method meant by one, or by a name with its share; None for every layer.
+
+    Raises ValueError for anything else, and for a share without a name.
+    """
+    if isinstance(depth, str):
+        return depth_method_named(depth, skip=skip)
+    if depth is not None and not isinstance(depth, DepthMethod):
+        raise ValueError(
+            f"depth {depth!r} is not a DepthMethod: use one of {', '.join(DEPTH_METHODS)}"
+        )
+    if skip is not None:
+        raise ValueError(
+            f"skip={skip} goes with the name of a depth method: give depth='prefill-pruning' with "
+            "it, or the share to the method itself"
+        )
+    return depth

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from popjax.config import ModelConfig
+from popjax.depth import DepthMethod
 from popjax.generate import Options
 from popjax.methods import Method
 from popjax.report import Report, make_report
@@ -83,6 +84,7 @@ class MethodBench:
     weight_bytes: int
     packed_bytes: int
     cache_bytes: int
+    skips_layers: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -174,21 +176,28 @@ def bench(
     rounds: int = 5,
     on_round: Callable[[int], None] | None = None,
     implementation: str | None = None,
+    depths: Mapping[str, DepthMethod] | None = None,
 ) -> BenchResult:
     """Time dense and `methods` (name -> Method) on rows of token ids, greedily, end tokens ignored.
 
-    Dense is always measured and called "dense". Raises ValueError for fewer than two new tokens
-    (the first comes from the prefill), for no rounds, and for what the model cannot serve.
+    depths: depth methods by the names of `methods`, or by others, which prune no channels. Dense is
+    always measured and called "dense". Raises ValueError for fewer than two new tokens (the first
+    comes from the prefill), for no rounds, and for what the model cannot serve.
     """
     if new_tokens < 2:
         raise ValueError(f"new_tokens {new_tokens} is below 2: the first needs no decode step")
     if methods.get(DENSE, Method()) != Method():
         raise ValueError(f"method name {DENSE!r} means no pruning: give {methods[DENSE]} another")
-    cases = {DENSE: Method(), **methods}
+    depths = dict(depths or {})
+    if DENSE in depths:
+        raise ValueError(f"method name {DENSE!r} means every layer: give {depths[DENSE]} another")
+    cases = {DENSE: Method(), **dict.fromkeys(depths, Method()), **methods}
     options = Options(implementation=implementation)
 
     def measure(name: str) -> Callable[[], Report]:
-        request = Request(prompt_ids, new_tokens, method=cases[name], options=options)
+        request = Request(
+            prompt_ids, new_tokens, cases[name], options=options, depth=depths.get(name)
+        )
         return lambda: _report(model, name, request)
 
     found = interleaved({name: measure(name) for name in cases}, rounds, on_round)
@@ -227,4 +236,5 @@ def _method_bench(name: str, warm: Report, reports: Sequence[Report]) -> MethodB
         weight_bytes=warm.weight_bytes,
         packed_bytes=warm.packed_bytes,
         cache_bytes=warm.cache_bytes,
+        skips_layers=warm.depth is not None,
     )

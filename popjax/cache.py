@@ -52,12 +52,21 @@ class Cache:
     """The cache of every layer, the position of each slot [B, S] int32, and slots used (scalar).
 
     After an eviction `kept` holds what is left of the prompt, and the layers only what came since.
+    The layers named `emptier` hold nothing of positions before `begin` [B].
     """
 
     layers: tuple[LayerCache, ...]
     positions: jax.Array
     length: jax.Array
     kept: Kept | None = None
+    begin: jax.Array | None = None
+    emptier: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+    def keys_of(self, i: int, positions: jax.Array) -> jax.Array:
+        """Slot positions [B, S] as layer i has them."""
+        if self.begin is None or i not in self.emptier:
+            return positions
+        return jnp.where(positions >= self.begin[:, None], positions, -1)
 
     def kept_of(self, i: int) -> Kept | None:
         """Layer i of `kept`, where there is any."""

@@ -18,6 +18,8 @@ import numpy as np
 from popjax import renumbering, sharding
 from popjax.buckets import bucket
 from popjax.config import ModelConfig
+from popjax.depth import DepthMethod
+from popjax.depth.applied import applied
 from popjax.eviction import KvMethod
 from popjax.generate import PROGRAMS
 from popjax.methods import Method
@@ -36,6 +38,7 @@ def continuation_logprobs(
     prefix_ids: Sequence[int],
     continuation_ids: Sequence[int],
     eviction: KvMethod | None = None,
+    depth: DepthMethod | None = None,
 ) -> np.ndarray:
     """Natural log-probability [n] float32 of each of n continuation tokens after the prefix.
 
@@ -43,7 +46,8 @@ def continuation_logprobs(
     Raises ValueError for what the model cannot serve and for an empty or foreign continuation.
     """
     given = [prefix_ids], [continuation_ids]
-    logits = continuation_logits(params, config, method, *given, eviction=eviction)
+    options: dict[str, Any] = {"eviction": eviction, "depth": depth}
+    logits = continuation_logits(params, config, method, *given, **options)
     tokens = jnp.asarray(np.asarray(continuation_ids, np.int32))
     padded = jnp.zeros((logits.shape[1],), jnp.int32).at[: len(continuation_ids)].set(tokens)
     return np.asarray(token_logprobs(logits[0], padded))[: len(continuation_ids)]
@@ -57,22 +61,32 @@ def continuation_logits(
     continuations: Sequence[Sequence[int]],
     partition: Partitions | None = None,
     eviction: KvMethod | None = None,
+    depth: DepthMethod | None = None,
 ) -> jax.Array:
     """Logits [B, n', V] float32 that predict each continuation token, n' at least the longest n.
 
     Row b is meaningful up to its own length. Rows share a partition as in generation; `partition`
     replaces the one that the prefixes would decide. With an `eviction` the continuation sees what
-    stays of the prefix. Raises ValueError as `continuation_logprobs`.
+    stays of the prefix; `depth` says which layers the prefix skips. Raises ValueError as
+    `continuation_logprobs`.
     """
-    method = method.for_model(config)
     mesh = sharding.mesh_of(params, config)
-    asked = _checked(config, method, prefixes, continuations, partition, eviction)
+    given = Request(prefixes, 1, method, partition=partition, eviction=eviction, depth=depth)
+    given, params, config, _ = applied(given, params, config, mesh)
+    method = method.for_model(config)
+    asked = _checked(config, dataclasses.replace(given, method=method), continuations)
     partition = renumbering.to_shards(asked.partition, config, mesh)
     static: dict[str, Any] = {"method": method, "mesh": mesh}
     steps = max(len(row) for row in continuations) - 1
     room = bucket(steps) if steps else 0
     prompts = Prefill(
-        prefixes, config, method, asked.eviction_for(config, mesh), room=room, mesh=mesh
+        prefixes,
+        config,
+        method,
+        asked.eviction_for(config, mesh),
+        room=room,
+        mesh=mesh,
+        depth=asked.depth,
     )
     outputs = prefilled(params, prompts, prompts.inputs(), partition)
     outputs, kept = after_eviction(params, prompts, outputs)
@@ -83,9 +97,9 @@ def continuation_logits(
         partition = plan_channels(outputs.statistics, config, method, mesh)
     if partition is not None:
         params, config, partition = pack(params, config, partition, mesh)
-    given = sharding.placed(_given_tokens(prefixes, continuations, room), "B", mesh)
+    steps_in = sharding.placed(_given_tokens(prefixes, continuations, room), "B", mesh)
     cache = dataclasses.replace(outputs.cache, kept=kept)
-    rest = PROGRAMS.score(params, given, cache, partition, config=config, **static)
+    rest = PROGRAMS.score(params, steps_in, cache, partition, config=config, **static)
     return jnp.concatenate([first, rest], axis=1)
 
 
@@ -110,14 +124,10 @@ def _given_tokens(
 
 
 def _checked(
-    config: ModelConfig,
-    method: Method,
-    prefixes: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
-    partition: Partitions | None,
-    eviction: KvMethod | None,
+    config: ModelConfig, request: Request, continuations: Sequence[Sequence[int]]
 ) -> Request:
     """The request as it will be used; ValueError for anything that cannot be scored."""
+    prefixes = request.prompts
     if len(prefixes) != len(continuations):
         raise ValueError(
             f"{len(prefixes)} prefixes for {len(continuations)} continuations: give as many of each"
@@ -131,5 +141,5 @@ def _checked(
                 "encode it with this model's tokenizer"
             )
     longest = max((len(row) for row in continuations), default=1)
-    request = Request(prefixes, longest, method=method, partition=partition, eviction=eviction)
-    return settled(request, config, method)
+    request = dataclasses.replace(request, max_new_tokens=longest)
+    return settled(request, config, request.method)

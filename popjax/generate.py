@@ -20,6 +20,8 @@ from kernels_pallas.masked_mlp import PALLAS
 from popjax import cache as kv
 from popjax import sharding
 from popjax.config import ModelConfig
+from popjax.depth.method import DepthPlan
+from popjax.depth.unseen import planned
 from popjax.eviction.evict import Programs as EvictionPrograms
 from popjax.eviction.method import KvMethod
 from popjax.methods import Method
@@ -92,12 +94,13 @@ def prefill(
     method: Method,
     capacity: int,
     eviction: KvMethod | None = None,
+    depth: DepthPlan | None = None,
     mesh: Mesh | None = None,
 ) -> Outputs:
     """Run the prompt into a fresh cache of `capacity` slots; logits [B, V] of its last token."""
     config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
-    model = Transformer(config, method, shards=shards, eviction=eviction or KvMethod())
-    dtype = params["embed"]["table"].dtype
+    eviction, dtype = eviction or KvMethod(), params["embed"]["table"].dtype
+    model = Transformer(config, method, shards=shards, eviction=eviction, depth=depth)
     cache = kv.empty(config, inputs.tokens.shape[0], capacity, dtype)
     return _apply(model, params, "prefill", inputs, cache, partition)
 
@@ -113,6 +116,7 @@ def extend(
     config: ModelConfig,
     method: Method,
     eviction: KvMethod | None = None,
+    depth: DepthPlan | None = None,
     mesh: Mesh | None = None,
 ) -> Outputs:
     """Outputs after a further chunk of the prompt, given those of what came before it.
@@ -122,7 +126,7 @@ def extend(
     """
     config, shards = sharding.local_config(config, mesh), sharding.tensor_axes(mesh)
     eviction = eviction or KvMethod()
-    model = Transformer(config, method, shards=shards, eviction=eviction)
+    model = Transformer(config, method, shards=shards, eviction=eviction, depth=depth)
     cache = dataclasses.replace(before.cache, kept=kept)
     now = _apply(model, params, "prefill", inputs, cache, partition)
     now = dataclasses.replace(now, cache=dataclasses.replace(now.cache, kept=None))
@@ -131,7 +135,8 @@ def extend(
     pairs = zip(before.statistics, now.statistics, strict=True)
     statistics = tuple(method.combine(old, new) for old, new in pairs)
     pairs = zip(before.seen, now.seen, strict=True)
-    seen = tuple(eviction.combine(old, new) for old, new in pairs)
+    # Layers that earlier chunks passed by have observed nothing before.
+    seen = tuple(new if old is None else eviction.combine(old, new) for old, new in pairs)
     return dataclasses.replace(now, statistics=statistics, seen=seen)
 
 
@@ -146,7 +151,7 @@ def make_plan(
         else jnp.bool_(True)
         for statistic in statistics
     ]
-    plan = method.plan(sharding.local_config(config, mesh), statistics)
+    plan = planned(method, sharding.local_config(config, mesh), statistics)
     return plan, sharding.on_all(jnp.stack(finite), mesh)
 
 
@@ -301,12 +306,12 @@ class Programs:
 
     prefill: Program = dataclasses.field(
         default_factory=lambda: Program(
-            prefill, static=("config", "method", "capacity", "eviction", "mesh")
+            prefill, static=("config", "method", "capacity", "eviction", "depth", "mesh")
         )
     )
     extend: Program = dataclasses.field(
         default_factory=lambda: Program(
-            extend, static=("config", "method", "eviction", "mesh"), donate=(0,)
+            extend, static=("config", "method", "eviction", "depth", "mesh"), donate=(0,)
         )
     )
     plan: Program = dataclasses.field(

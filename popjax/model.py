@@ -22,6 +22,7 @@ from popjax import arguments, sharding, text
 from popjax.cache import Kept
 from popjax.config import ModelConfig
 from popjax.context import Context, load_context
+from popjax.depth import DepthMethod
 from popjax.eviction import KvMethod, KVzip
 from popjax.eviction.gates import without_gates
 from popjax.fingerprint import fingerprint
@@ -126,6 +127,8 @@ class LanguageModel:
         context: Context | None = None,
         kv_every: int | None = None,
         prefill_chunk: int | None = None,
+        depth: DepthMethod | str | None = None,
+        skip: float | None = None,
         **method_options: Any,
     ) -> Generation:
         """Generate text for one prompt or many.
@@ -139,7 +142,8 @@ class LanguageModel:
         kv: what of the prompt stays in the cache, a KvMethod, or its name with the share kv_keep or
         the number kv_tokens of entries a head. context: what `prefill` made, which every prompt
         continues. kv_every: evict again after so many new tokens. prefill_chunk: run prompts so
-        many tokens at a time, which bounds memory. Raises ValueError for anything out of range
+        many tokens at a time, which bounds memory. depth: layers that prompts skip, a DepthMethod,
+        or its name with the share `skip` of them. Raises ValueError for anything out of range
         before work begins.
         """
         context = self._own(context)
@@ -182,6 +186,7 @@ class LanguageModel:
             context=context,
             prefill_chunk=prefill_chunk,
             evict_every=kv_every,
+            depth=arguments.chosen_depth(depth, skip),
         )
         return self._finish(request, listener)
 
@@ -194,11 +199,14 @@ class LanguageModel:
         kv_keep: float | None = None,
         kv_tokens: int | None = None,
         prefill_chunk: int | None = None,
+        depth: DepthMethod | str | None = None,
+        skip: float | None = None,
     ) -> Context:
         """Run one prompt once, keep what `kv` says of its cache, for many calls of `generate`.
 
         The entries are chosen before any question is known. Arguments as in `generate`; without
-        `kv` every entry stays. Raises ValueError for more than one prompt.
+        `kv` every entry stays. With `depth` its last token runs every layer. Raises
+        ValueError for more than one prompt.
         """
         rows = self.encode(prompt, chat=chat)
         if len(rows) != 1:
@@ -208,6 +216,7 @@ class LanguageModel:
             1,
             eviction=self._eviction(kv, kv_keep, kv_tokens),
             prefill_chunk=prefill_chunk,
+            depth=arguments.chosen_depth(depth, skip),
         )
         return make_context(self.params, self.config, request)
 

@@ -19,6 +19,9 @@ from popjax import sharding
 from popjax.buckets import bucket, left_padded
 from popjax.config import ModelConfig
 from popjax.context import Context
+from popjax.depth import DepthMethod
+from popjax.depth.applied import applied
+from popjax.depth.method import FULL
 from popjax.eviction import KvMethod, pool
 from popjax.eviction.evict import Eviction, evict
 from popjax.fingerprint import fingerprint
@@ -36,7 +39,7 @@ class Prefill:
     room: slots for tokens that follow; chunk: tokens run at a time, None for all at once; kept and
     offset: what an earlier eviction left of a context, and how many tokens that context had;
     pooled: whether entries move to a pool even if all stay; align: what its heads start at
-    multiples of.
+    multiples of. depth: which layers prompt tokens pass by, settled for the model.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -50,6 +53,7 @@ class Prefill:
     mesh: Mesh | None = None
     pooled: bool = False
     align: int = 1
+    depth: DepthMethod | None = None
 
     @property
     def plan(self) -> Eviction | None:
@@ -57,8 +61,16 @@ class Prefill:
         if self.eviction is None:
             return None
         lengths = tuple(len(prompt) for prompt in self.prompts)
-        found = Eviction(self.eviction, self.config, lengths, self.align)
+        found = Eviction(self.eviction, self.config, lengths, self.align, self.apart)
         return found if found.evicts or self.pooled else None
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """Layers that get an equal share of an eviction's budget each, and compete with none."""
+        if self.depth is None or self.depth.budget == "shared":
+            return ()
+        kinds = self.depth.prefill_layers(self.config)
+        return tuple(i for i, kind in enumerate(kinds) if kind != FULL)
 
     def inputs(self) -> Inputs:
         """Tokens and positions [B, T], T a whole number of chunks."""
@@ -78,13 +90,16 @@ def prefilled(
     static: dict[str, Any] = {"config": asked.config, "method": asked.method}
     static |= {"eviction": eviction, "mesh": asked.mesh}
     step = T if asked.chunk is None else min(asked.chunk, T)
-    parts = [_columns(inputs, first, step) for first in range(0, T, step)]
-    if asked.kept is None:
-        outputs = PROGRAMS.prefill(params, parts.pop(0), partition, **static, capacity=capacity)
-    else:
-        outputs = _nothing_yet(params, asked, inputs, capacity)
-    for part in parts:
-        outputs = PROGRAMS.extend(outputs, params, part, partition, asked.kept, **static)
+    outputs = None if asked.kept is None else _nothing_yet(params, asked, inputs, capacity)
+    for first in range(0, T, step):
+        part = _columns(inputs, first, step)
+        if asked.depth is not None:
+            static["depth"] = asked.depth.plan(asked.config, last=first + step >= T)
+        if outputs is None:
+            outputs = PROGRAMS.prefill(params, part, partition, **static, capacity=capacity)
+        else:
+            outputs = PROGRAMS.extend(outputs, params, part, partition, asked.kept, **static)
+    assert outputs is not None, "a prompt has at least one token"
     return outputs
 
 
@@ -132,8 +147,14 @@ def make_context(params: Params, config: ModelConfig, request: Request) -> Conte
     Raises ValueError for a request that the model cannot serve.
     """
     method = Method()
-    request = settled(request, config, method)
     mesh = sharding.mesh_of(params, config)
+    request, _, _, layers = applied(request, params, config, mesh)
+    if len(layers) < config.num_layers:
+        raise ValueError(
+            "a context holds entries of every layer, and this depth method drops some: prefill "
+            "without depth="
+        )
+    request = settled(request, config, method)
     eviction = request.eviction_for(config, mesh) or KvMethod(window=0)
     chunk = request.prefill_chunk
     # Aligned for every implementation: what will read it is not known yet.
@@ -146,12 +167,14 @@ def make_context(params: Params, config: ModelConfig, request: Request) -> Conte
         mesh=mesh,
         pooled=True,
         align=pool.alignment(),
+        depth=request.depth,
     )
     outputs = prefilled(params, asked, asked.inputs(), None)
     _, kept = after_eviction(params, asked, outputs)
     assert kept is not None
     tokens = tuple(int(token) for token in request.prompts[0])
-    return Context(kept, tokens, fingerprint(params, config), repr(eviction))
+    decided = repr(eviction) if request.depth is None else f"{eviction!r}, {request.depth!r}"
+    return Context(kept, tokens, fingerprint(params, config), decided)
 
 
 def _columns(inputs: Inputs, first: int, count: int) -> Inputs:

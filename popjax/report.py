@@ -15,6 +15,8 @@ import numpy as np
 from kernels_pallas.masked_mlp import NATIVE
 from popjax.cache import Kept
 from popjax.config import ModelConfig
+from popjax.depth.applied import without_others
+from popjax.depth.report import DepthReport, depth_report
 from popjax.expert_partition import ExpertPartition
 from popjax.sparsity import Params, Partitions
 
@@ -70,6 +72,7 @@ class Report:
 
     implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kv: what
     of the prompt stayed in the cache, layer by layer, where an eviction or a context decided that.
+    depth: layers skipped or dropped, where any were; `layers` and `kv` are of those that ran.
     """
 
     model: str
@@ -89,6 +92,7 @@ class Report:
     implementation: str
     comparison: Comparison | None = None
     kv: tuple[LayerCacheReport, ...] | None = None
+    depth: DepthReport | None = None
 
     def totals(self) -> LayerReport:
         """The sums over layers."""
@@ -208,6 +212,11 @@ def make_report(
     load_seconds: float,
 ) -> Report:
     """The report of a RunResult."""
+    depth = depth_report(
+        config, result.layers, result.depth, result.prompt_lengths, result.context_tokens
+    )
+    held = weight_bytes(params)
+    params, config = without_others(params, config, result.layers)
     itemsize = params["embed"]["table"].dtype.itemsize
     by_index = result.implementation in NATIVE
     layers = layer_reports(config, result.partition, itemsize, reads_only_chosen(result), by_index)
@@ -222,7 +231,7 @@ def make_report(
         layers=layers,
         dense_bytes_per_token=dense,
         read_bytes_per_token=dense - saved,
-        weight_bytes=weight_bytes(params),
+        weight_bytes=held,
         packed_bytes=result.packed_bytes,
         implementation=result.implementation,
         cache_bytes=result.cache_bytes,
@@ -233,4 +242,5 @@ def make_report(
         decode_steps=decode_steps,
         tokens_per_second=decoded / seconds["decode"] if decoded else None,
         kv=cache_reports(result.kept, config, result.pooled_tokens),
+        depth=depth,
     )

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from popjax.config import ModelConfig
 from popjax.context import Context
+from popjax.depth import DepthMethod
 from popjax.eviction import KvMethod
 from popjax.eviction.evict import check_model
 from popjax.generate import Masks, Options
@@ -31,7 +32,7 @@ class Request:
 
     eviction: what of the prompts stays in the cache; context: one prefilled before, which every
     prompt continues; prefill_chunk: prompt tokens run at a time. chunk: steps between calls of
-    `on_chunk`.
+    `on_chunk`. depth: layers that prompts skip, or that are dropped.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -49,6 +50,7 @@ class Request:
     context: Context | None = None
     prefill_chunk: int | None = None
     evict_every: int | None = None
+    depth: DepthMethod | None = None
 
     def eviction_for(self, config: ModelConfig, mesh: Mesh | None) -> KvMethod | None:
         """The eviction method settled for a model. Raises ValueError on several devices."""

@@ -24,6 +24,8 @@ from popjax import cache as kv
 from popjax import renumbering, sharding
 from popjax.buckets import bucket
 from popjax.config import ModelConfig
+from popjax.depth.applied import applied
+from popjax.depth.method import DepthPlan
 from popjax.eviction.pool import alignment
 from popjax.generate import PROGRAMS, DecodeState, Masks
 from popjax.methods import Method, check_evaluated
@@ -45,7 +47,9 @@ class RunResult:
     decode.
     implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kept: what
     an eviction left of the prompt, or of the context; None where nothing went; pooled_tokens: how
-    many tokens these had, and those decoded since that were evicted among them.
+    many tokens these had, and those decoded since that were evicted among them. layers: those of
+    the model that ran, which everything here is of; depth: what the prompts, of prompt_lengths
+    after context_tokens, did at each, None where they ran all.
     """
 
     tokens: np.ndarray
@@ -64,6 +68,10 @@ class RunResult:
     implementation: str
     kept: kv.Kept | None = None
     pooled_tokens: int = 0
+    layers: tuple[int, ...] = ()
+    depth: DepthPlan | None = None
+    prompt_lengths: tuple[int, ...] = ()
+    context_tokens: int = 0
 
 
 class _Clock:
@@ -88,8 +96,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     Raises ValueError, before anything is compiled, for a request that the model cannot serve, and
     after prefill or decode for channel scores or logits that are not finite.
     """
-    method = request.method.for_model(config)
     mesh = sharding.mesh_of(params, config)
+    request, params, config, layers = applied(request, params, config, mesh)
+    method = request.method.for_model(config)
     request = settled(request, config, method)
     implementation = _implementation(request, params, mesh)
     options = dataclasses.replace(request.options, implementation=implementation)
@@ -134,7 +143,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     masks = renumbering.masks_from_shards(state.masks, partition, config, mesh)
     state = dataclasses.replace(state, masks=masks)
     result = _result(request, state, partition, kept, clock, compilations, extra)
-    return dataclasses.replace(result, pooled_tokens=result.pooled_tokens + entered)
+    plan = None if request.depth is None else request.depth.plan(config)
+    pooled = result.pooled_tokens + entered
+    return dataclasses.replace(result, layers=layers, depth=plan, pooled_tokens=pooled)
 
 
 def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
@@ -190,6 +201,7 @@ def _prefill(request: Request, config: ModelConfig, method: Method, mesh: Mesh |
         offset=0 if context is None else len(context.tokens),
         mesh=mesh,
         align=alignment(request.options.implementation),
+        depth=request.depth,
     )
 
 
@@ -333,6 +345,8 @@ def _result(
         steps=steps,
         compilations=compilations,
         prompt_tokens=_prompt_tokens(request),
+        prompt_lengths=tuple(len(prompt) for prompt in request.prompts),
+        context_tokens=len(request.context.tokens) if request.context else 0,
         cache_bytes=kv.bytes_held(dataclasses.replace(state.cache, kept=kept)),
         packed_bytes=packed_bytes,
         implementation=request.options.implementation or "",

@@ -185,6 +185,17 @@ class Plan:
     channels: Partitions | None = None
 
 
+def whole_partition(layer: LayerConfig) -> Partition:
+    """The partition of a layer that keeps every channel on, of all of its experts."""
+    every = jnp.arange(layer.channels, dtype=jnp.int32)
+    if layer.moe is None:
+        return ChannelPartition(every, every[:0])
+    shape = (layer.moe.here, layer.channels)
+    retained = jnp.broadcast_to(every[None, :], shape)
+    static = {"top_k": layer.routed, "expert_dim": layer.channels}
+    return ExpertPartition(retained, retained[:, :0], **static)
+
+
 def partition_by_rank(scores: jax.Array, budget: ChannelBudget) -> ChannelPartition:
     """Partition of the channels by descending scores [F]: the best are R, the next C."""
     order = jnp.argsort(-scores.astype(jnp.float32), stable=True).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The command line: `popjax generate | chat | inspect | plan | bench | show | export | doctor`.
+"""The command line: `popjax generate`, `chat`, `inspect`, `plan`, `bench`, `calibrate`, ....
 
 One file a command; what they share is in `options.py` (arguments), `terminal.py` (where output goes
 and what an error becomes) and `tables.py`. Nothing here imports jax until a command runs, so help
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from popjax.cli import bench, chat, doctor, export, generate, inspect, plan, show
+from popjax.cli import bench, calibrate, chat, doctor, export, generate, inspect, plan, show
 from popjax.cli.terminal import SETTINGS, forgiving_streams, log_to_stderr
 
 EPILOG = (
@@ -37,6 +37,7 @@ for run in (
     inspect.inspect,
     plan.plan,
     bench.bench,
+    calibrate.calibrate,
     show.show,
     export.export,
     doctor.doctor,

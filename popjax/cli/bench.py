@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli import options
+from popjax.cli import depth_options, options
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
+    from popjax.depth import DepthMethod
     from popjax.methods import Method
     from popjax.model import LanguageModel
 
@@ -24,7 +25,8 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="online-pruning (default), frozen, rescore-all or griffin; may be repeated.",
+        help="online-pruning (default, without --depth), frozen, rescore-all or griffin; may be "
+        "repeated.",
         rich_help_panel="Method",
     ),
 ]
@@ -48,6 +50,9 @@ def bench(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    depth: depth_options.Depth = None,
+    skip: depth_options.Skip = None,
+    layer_scores: depth_options.LayerScores = None,
     prompt_tokens: PromptTokens = 256,
     new_tokens: NewTokens = 64,
     rounds: Rounds = 5,
@@ -55,23 +60,41 @@ def bench(
 ) -> None:
     """Time dense decoding against one or more methods, interleaved, with the spread shown.
 
-    Without --ratio, half of the FFN channels are pruned.
+    Without --ratio, half of the FFN channels are pruned. --depth or --skip alone time just that;
+    with --method or --ratio each of the two, and both together.
     """
-    chosen = {
-        name: options.pruning_method(name, ratio, model_ratio, gamma, prefill)
-        for name in method or ["online-pruning"]
+    shallow = depth_options.chosen_depth(depth, skip, layer_scores)
+    named = method or ([] if shallow and ratio is None and model_ratio is None else [None])
+    pruning = {
+        name or "online-pruning": options.pruning_method(name, ratio, model_ratio, gamma, prefill)
+        for name in named
     }
+    chosen, depths = _cases(pruning, shallow)
     text = None
     if prompt is not None or prompt_file is not None:
         text = options.read_prompt(prompt, prompt_file)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     prompt_ids = loaded.encode(text)[0] if text is not None else _passage(loaded, prompt_tokens)
-    _time(loaded, chosen, prompt_ids, new_tokens, rounds, json)
+    _time(loaded, chosen, depths, prompt_ids, new_tokens, rounds, json)
+
+
+def _cases(
+    pruning: dict[str, Method], depth: DepthMethod | None
+) -> tuple[dict[str, Method], dict[str, DepthMethod]]:
+    """What is timed by name, and what skips layers: the depth method alone, and with each other."""
+    if depth is None:
+        return pruning, {}
+    from popjax.depth import depth_method_name
+
+    alone = depth_method_name(depth)
+    both = {f"{name}, {alone}": method for name, method in pruning.items()}
+    return {**pruning, **both}, dict.fromkeys([alone, *both], depth)
 
 
 def _time(
     model: LanguageModel,
     methods: dict[str, Method],
+    depths: dict[str, DepthMethod],
     prompt_ids: list[int],
     new_tokens: int,
     rounds: int,
@@ -85,6 +108,7 @@ def _time(
         result = measure(
             model,
             methods,
+            depths=depths,
             prompt_ids=[prompt_ids],
             new_tokens=new_tokens,
             rounds=rounds,

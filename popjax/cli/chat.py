@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import options
+from popjax.cli import depth_options, options
 from popjax.cli.generate import streamed
 from popjax.cli.terminal import command, say
 
@@ -39,6 +39,9 @@ def chat(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    depth: depth_options.Depth = None,
+    skip: depth_options.Skip = None,
+    layer_scores: depth_options.LayerScores = None,
     system: System = None,
     max_new_tokens: options.MaxNewTokens = DEFAULT_REPLY,
     seed: options.Seed = 0,
@@ -53,6 +56,7 @@ def chat(
     chosen = options.chosen_method(
         method, ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
     )
+    shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     sampling = options.chosen_sampling(
         do_sample=do_sample,
         temperature=temperature,
@@ -65,7 +69,8 @@ def chat(
     loaded.encode("hello", chat=True)  # fails now, not after the first message, without a template
     say(f"{loaded.name}: {HELP}")
     limit = DEFAULT_REPLY if max_new_tokens is None else max_new_tokens
-    Conversation(loaded, chosen, {**sampling, "seed": seed}, limit, system).run()
+    wanted = {**sampling, "seed": seed, "depth": shallow}
+    Conversation(loaded, chosen, wanted, limit, system).run()
 
 
 class Conversation:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import cache_options, options
+from popjax.cli import cache_options, depth_options, options
 from popjax.cli.terminal import Status, command, stderr_console, write
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ def generate(
     kv_window: cache_options.KvWindow = None,
     kv_every: cache_options.KvEvery = None,
     prefill_chunk: cache_options.PrefillChunk = None,
+    depth: depth_options.Depth = None,
+    skip: depth_options.Skip = None,
+    layer_scores: depth_options.LayerScores = None,
     max_new_tokens: options.MaxNewTokens = None,
     seed: options.Seed = 0,
     do_sample: options.DoSample = None,
@@ -71,9 +74,11 @@ def generate(
     )
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     cache_options.check_pieces(eviction, chosen, kv_every, prefill_chunk)
-    if compare_dense and (method_name(chosen) == "dense" or eviction is not None):
+    shallow = depth_options.chosen_depth(depth, skip, layer_scores)
+    others = eviction is not None or shallow is not None
+    if compare_dense and (method_name(chosen) == "dense" or others):
         raise typer.BadParameter(
-            "it compares FFN pruning alone: give --ratio or --method, and no --kv",
+            "it compares FFN pruning alone: give --ratio or --method, no --kv and no --depth",
             param_hint="--compare-dense",
         )
     sampling = options.chosen_sampling(
@@ -94,6 +99,7 @@ def generate(
         "kv": eviction,
         "kv_every": kv_every,
         "prefill_chunk": prefill_chunk,
+        "depth": shallow,
     }
     prompt_ids = loaded.encode(text, chat=chat)
     found = streamed(loaded, prompt_ids[0], chosen, wanted, quiet=json)

@@ -6,7 +6,7 @@ Leaves out every computation but sums, shares and units: the values come from `r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from popjax.bench import DENSE, Spread, speedup_text
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from popjax.bench import BenchResult
+    from popjax.depth.report import DepthReport
     from popjax.report import Comparison, LayerReport, Report
 
 PHASES = ("load", "compile", "prefill", "evict", "plan", "pack", "decode")
@@ -137,6 +138,8 @@ def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str
             f"{least} to {most} a layer, {format_bytes(kv.held_bytes)} of "
             f"{format_bytes(kv.dense_bytes)}",
         )
+    if report.depth is not None:
+        yield "layers", _depth(report.depth)
     phases = [
         f"{name} {seconds(report.seconds[name])}" for name in PHASES if name in report.seconds
     ]
@@ -148,12 +151,33 @@ def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str
         yield from _comparison(report.comparison, report.new_tokens)
 
 
+def _depth(found: DepthReport) -> str:
+    """What the prompt skipped, in words."""
+    parts = [
+        f"{len(layers)} of {found.layers} {what} ({', '.join(map(str, layers))})"
+        for layers, what in ((found.skipped, "skipped in prefill"), (found.dropped, "dropped"))
+        if layers
+    ]
+    allowed = f"prefill FLOPs allow {found.dense_flops / found.flops:.2f} times dense speed"
+    return ", ".join([*parts, allowed])
+
+
 def _comparison(found: Comparison, new_tokens: int) -> Iterable[tuple[str, str]]:
     yield "against dense", speed_change(found.decode_speedup)
     yield "same token", f"{100 * found.token_agreement:.1f} % of tokens are also dense's choice"
     yield "KL from dense", f"{found.kl:.4g} nats a token"
     shared = ", ".join(str(count) for count in found.first_difference)
     yield "same start", f"{shared} of {new_tokens} tokens, before dense's greedy text parts"
+
+
+def layer_table(scores: Mapping[str, Iterable[float]], title: str) -> Table:
+    """Scores of every layer, a column a kind."""
+    kinds = list(scores)
+    rows = [
+        (str(i), *(f"{value:.4g}" for value in values))
+        for i, values in enumerate(zip(*scores.values(), strict=True))
+    ]
+    return table("layer", *kinds, rows=rows, title=title)
 
 
 def speed_change(rounds: Sequence[float]) -> str:
@@ -193,6 +217,12 @@ def bench_view(result: BenchResult) -> RenderableType:
         (f"{row.name}, decode", speed_change(result.ratio(row.name).rounds))
         for row in result.methods
         if row.name != DENSE
+    ]
+    prefill = result[DENSE].prefill
+    verdicts += [
+        (f"{row.name}, prefill", speed_change(prefill.over(row.prefill).rounds))
+        for row in result.methods
+        if row.skips_layers
     ]
     return Group(title, table(*columns, rows=rows), facts(verdicts))
 

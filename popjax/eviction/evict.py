@@ -31,13 +31,15 @@ Keep = tuple[jax.Array, ...]
 class Eviction:
     """What is evicted: by which method, of which model, and how long each row's prompt is.
 
-    align: what the places of heads in the pool are multiples of.
+    align: what the places of heads in the pool are multiples of; apart: layers that compete with no
+    other, each for an equal share of the budget.
     """
 
     method: KvMethod
     config: ModelConfig
     lengths: tuple[int, ...]
     align: int = 1
+    apart: tuple[int, ...] = ()
 
     @property
     def evicts(self) -> bool:
@@ -91,15 +93,18 @@ def choose(
     method: KvMethod,
     config: ModelConfig,
     align: int,
+    apart: tuple[int, ...] = (),
 ) -> tuple[Keep, jax.Array, jax.Array, jax.Array]:
     """Slots that stay, bool [B, K, S] a layer, starts and lengths [L, B, K], and finite [L'].
 
-    scores: of the layers that share the budget; positions [B, S]; lengths and budgets [B].
+    scores: of the layers that share the budget; positions [B, S]; lengths and budgets [B]. Layers
+    `apart` compete with no other.
     """
     seen = still_seen(positions, lengths, reach(config))
     sure = seen & method.protected(positions, lengths)
     candidates = Candidates(seen & ~sure, budgets - jnp.sum(sure, axis=1, dtype=jnp.int32))
-    chosen = list(method.allocate(scores, candidates))
+    shared = [i for i, takes_part in enumerate(budgeted(config)) if takes_part]
+    chosen = _allocated(method, scores, candidates, [i in apart for i in shared])
     finite = jnp.stack([jnp.all(jnp.isfinite(layer)) for layer in scores])
     keep = []
     for layer, takes_part in zip(config.layers, budgeted(config), strict=True):
@@ -110,6 +115,20 @@ def choose(
             shape = (positions.shape[0], layer.num_kv_heads, positions.shape[1])
             keep.append(jnp.broadcast_to(seen[:, None, :], shape))
     return tuple(keep), *pool.places(tuple(keep), align), finite
+
+
+def _allocated(
+    method: KvMethod, scores: tuple[jax.Array, ...], candidates: Candidates, apart: list[bool]
+) -> list[jax.Array]:
+    """What stays of each layer, those that are `apart` allocated one by one."""
+    together = [i for i, alone in enumerate(apart) if not alone]
+    groups = [together] if together else []
+    groups += [[i] for i, alone in enumerate(apart) if alone]
+    chosen: dict[int, jax.Array] = {}
+    for group in groups:
+        found = method.allocate(tuple(scores[i] for i in group), candidates)
+        chosen |= zip(group, found, strict=True)
+    return [chosen[i] for i in range(len(scores))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +142,7 @@ class Programs:
         default_factory=lambda: Program(score_layer, static=("method", "layer"))
     )
     choose: Program = dataclasses.field(
-        default_factory=lambda: Program(choose, static=("method", "config", "align"))
+        default_factory=lambda: Program(choose, static=("method", "config", "align", "apart"))
     )
     fill: Program = dataclasses.field(
         default_factory=lambda: Program(pool.fill, static=(), donate=(0, 1))
@@ -203,6 +222,7 @@ def evict(
         method=asked.method.unbudgeted,
         config=asked.config,
         align=asked.align,
+        apart=asked.apart,
     )
     del scores
     check_finite(scored, np.asarray(finite))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -72,22 +73,30 @@ class Attention(nn.Module):
         cache: LayerCache,
         slot: jax.Array,
         table: RopeTable | None,
-        positions: tuple[jax.Array, jax.Array],
+        positions: tuple[jax.Array, jax.Array] | None,
         kept: Kept | None = None,
-    ) -> tuple[jax.Array, LayerCache, AttentionActs]:
+    ) -> tuple[Any, LayerCache, Any]:
         """x [B, T, D] at query positions [B, T] attends to key positions [B, S] -> [B, T, D].
 
-        `kept` adds what an eviction left of the layer. The third result is what it saw.
+        `kept` adds what an eviction left of the layer. The third result is what it saw. Without
+        positions nothing attends: tokens leave keys and values, and the other results are None.
         """
-        q, k, v = self._heads(x)
+        *q, k, v = self._heads(x, "kv" if positions is None else "qkv")
         if self.config.qk_norm:
-            q, k = self._normed(q, "q"), self._normed(k, "k")
+            k = self._normed(k, "k")
         if table is not None:
-            q, k = ops.rotate(q, table), ops.rotate(k, table)
+            k = ops.rotate(k, table)
+        cache = write_layer(cache, k, v, slot)
+        if positions is None:
+            return None, cache, None
+        (q,) = q
+        if self.config.qk_norm:
+            q = self._normed(q, "q")
+        if table is not None:
+            q = ops.rotate(q, table)
         if self.config.query_scale is not None:
             # Into the queries, so that everything that reads them divides by sqrt(H) as ever.
             q = ops.scaled(q, self.config.query_scale * math.sqrt(self.layer.head_dim))
-        cache = write_layer(cache, k, v, slot)
         options = (self.layer.window, self.implementation, kept, self.layer.softcap)
         out = ops.cached_attention(q, cache.k, cache.v, *positions, *options)
         y = ops.heads_out(out, declare(self, "o", self.config), self.implementation)
@@ -108,11 +117,11 @@ class Attention(nn.Module):
                 shards = axes.mesh_axes("N" if name == "q" else "K", self.shards)
         return ops.rms_norm(heads, scale, config.norm_eps, config.norm_offset, shards)
 
-    def _heads(self, x: jax.Array) -> list[jax.Array]:
-        weights = [declare(self, name, self.config) for name in "qkv"]
+    def _heads(self, x: jax.Array, names: str) -> list[jax.Array]:
+        weights = [declare(self, name, self.config) for name in names]
         heads = ops.heads_in(x, weights, self.implementation)
         if self.config.qkv_bias:
-            biases = [declare(self, f"{name}_bias", self.config) for name in "qkv"]
+            biases = [declare(self, f"{name}_bias", self.config) for name in names]
             heads = [
                 y + b.astype(y.dtype)[None, None, :, :] for y, b in zip(heads, biases, strict=True)
             ]

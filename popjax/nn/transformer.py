@@ -8,6 +8,7 @@ config is that of one shard, and `shards` names the mesh axes that split heads, 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import flax.linen as nn
@@ -17,13 +18,15 @@ from flax import struct
 
 from kernels_pallas.masked_mlp import NATIVE
 from kernels_pallas.row_products import contract_rows
-from popjax.cache import Cache, write_positions
+from popjax.cache import Cache, LayerCache, write_positions
 from popjax.config import LayerConfig, ModelConfig
+from popjax.depth.method import FULL, LATER, DepthPlan
 from popjax.eviction.method import KvMethod
 from popjax.methods.method import Method
 from popjax.nn import ops
 from popjax.nn.experts import Moe
 from popjax.nn.layers import Attention, Mlp, Norm, declare, summed
+from popjax.nn.passing import Columns, begun, run_layers
 from popjax.sparsity import Params, Partitions
 
 
@@ -40,7 +43,7 @@ class Outputs:
     """Logits [B, V] of the last token or [B, T, V] of all, the cache, and by-products.
 
     `statistics`: what the method observed, one entry a layer, and `seen` what the eviction method
-    did (prefill).
+    did (prefill), None where no token of the prompt was observed.
     `masks`: each layer's step masks [B or 1, T, R+C], None where everything was on (decode).
     """
 
@@ -87,6 +90,11 @@ class Embedding(nn.Module):
         return jax.lax.all_gather(logits, self.shards, axis=logits.ndim - 1, tiled=True)
 
 
+def gated(y: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """A branch [B, T, D] times a virtual gate [B, T] (arXiv 2602.03295, Eq. 5); None leaves it."""
+    return y if gate is None else y * gate[:, :, None].astype(y.dtype)
+
+
 class Block(nn.Module):
     """One decoder layer: attention, then the MLP, or both of the same input."""
 
@@ -116,18 +124,31 @@ class Block(nn.Module):
         if self.config.mlp_bias:
             self.mlp_bias = declare(self, "mlp_bias", self.config)
 
-    def attend(self, x: jax.Array, *context: Any) -> tuple[jax.Array, jax.Array, Any, Any]:
+    def attend(
+        self, x: jax.Array, *context: Any, gate: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Any, Any]:
         """What the MLP reads and the stream after attention, both [B, T, D]; cache, by-product."""
         y, cache, acts = self.attn(self._read(x, "attn_norm"), *context)
-        after = x + self._given(y, "attn_out_norm")
+        after = x + gated(self._given(y, "attn_out_norm"), gate)
         weights = cast(Params, self.attn.variables["params"])
         seen = self.eviction.observe(weights, self.layer, acts)
         return x if self.config.parallel else after, after, cache, seen
 
-    def prefill(self, x: jax.Array, valid: jax.Array, given: Any, *context: Any) -> Any:
-        read, x, cache, seen = self.attend(x, *context)
+    def entries(self, x: jax.Array, cache: LayerCache, slot: jax.Array, table: Any) -> LayerCache:
+        """The layer's cache with what tokens x [B, T, D] leave there that pass the layer by."""
+        return self.attn(self._read(x, "attn_norm"), cache, slot, table, None)[1]
+
+    def prefill(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        given: Any,
+        *context: Any,
+        gate: jax.Array | None = None,
+    ) -> Any:
+        read, x, cache, seen = self.attend(x, *context, gate=gate)
         y, statistic = self.ffn.prefill(self._read(read, "mlp_norm"), read, valid, given)
-        return x + self._projected(y), cache, (statistic, seen)
+        return x + gated(self._projected(y), gate), cache, (statistic, seen)
 
     def decode(self, x: jax.Array, valid: jax.Array, part: Any, mask: Any, *context: Any) -> Any:
         read, x, cache, seen = self.attend(x, *context)
@@ -151,7 +172,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only language model; `method` decides what is observed, partitioned and masked.
 
-    `eviction` may observe attention in prefill.
+    `eviction` may observe attention in prefill, and `depth` let its tokens pass layers by.
     """
 
     config: ModelConfig
@@ -159,6 +180,7 @@ class Transformer(nn.Module):
     implementation: str = "xla"
     shards: tuple[str, ...] | None = None
     eviction: KvMethod = KvMethod()
+    depth: DepthPlan | None = None
 
     def setup(self) -> None:
         place = (self.implementation, self.shards)
@@ -166,23 +188,38 @@ class Transformer(nn.Module):
         if self.config.position_offset is not None:
             self.positions = Embedding(self.config, self.implementation)
         for i, layer in enumerate(self.config.layers):
-            block = Block(self.config, layer, self.method, *place, self.eviction)
+            passed = self.depth is not None and self.depth.layers[i] != FULL
+            # The prompt is not seen there: nothing to observe, and its last token runs dense.
+            method = Method() if passed else self.method
+            block = Block(self.config, layer, method, *place, self.eviction)
             setattr(self, f"layer_{i}", block)
         self.final_norm = Norm(self.config)
         if not self.config.tie_embeddings:
             self.head = Embedding(self.config, *place)
 
     def prefill(
-        self, inputs: Inputs, cache: Cache, partition: Partitions | None, all_logits: bool = False
+        self,
+        inputs: Inputs,
+        cache: Cache,
+        partition: Partitions | None,
+        all_logits: bool = False,
+        gates: jax.Array | None = None,
     ) -> Outputs:
-        """Run prompt tokens; logits of the last one, or of all of them with `all_logits`."""
+        """Run prompt tokens; logits of the last one, or of all of them with `all_logits`.
+
+        gates [L, B, T]: virtual ones on both branches of each layer.
+        """
+        if self.depth is not None:
+            return self._shallow(self.depth, inputs, cache, partition)
         x, keys, tables = self._enter(inputs, cache)
         valid = inputs.positions >= 0
         layers, observed = [], []
         for i, layer in enumerate(self.config.layers):
             given = None if partition is None else partition[i]
             context = self._context(i, layer, inputs, cache, keys, tables)
-            x, written, both = getattr(self, f"layer_{i}").prefill(x, valid, given, *context)
+            gate = None if gates is None else gates[i]
+            block = getattr(self, f"layer_{i}")
+            x, written, both = block.prefill(x, valid, given, *context, gate=gate)
             layers.append(written)
             observed.append(both)
         statistics, seen = zip(*observed, strict=True)
@@ -190,6 +227,31 @@ class Transformer(nn.Module):
         return Outputs(
             logits, self._leave(inputs, layers, keys, cache), statistics=statistics, seen=seen
         )
+
+    def _shallow(
+        self, plan: DepthPlan, inputs: Inputs, cache: Cache, partition: Partitions | None
+    ) -> Outputs:
+        """`prefill` whose tokens pass some layers by; a chunk before the last has no logits."""
+        cache = begun(plan, cache, inputs.positions)
+        x, keys, tables = self._enter(inputs, cache)
+        columns = Columns(inputs.positions, keys, tables, cache.length)
+        blocks = [getattr(self, f"layer_{i}") for i in range(self.config.num_layers)]
+        x, layers, observed = run_layers(plan, blocks, x, columns, cache, partition)
+        statistics, seen = zip(*observed, strict=True)
+        none = jnp.zeros((x.shape[0], 0), jnp.float32)
+        logits = none if plan.boundary == LATER else self._logits(x[:, -1, :])
+        cache = self._leave(inputs, layers, keys, cache)
+        return Outputs(logits, cache, statistics=statistics, seen=seen)
+
+    def states(self, inputs: Inputs, cache: Cache) -> tuple[jax.Array, ...]:
+        """The stream [B, T, D] before the first layer and after each, of tokens that run them."""
+        x, keys, tables = self._enter(inputs, cache)
+        valid, found = inputs.positions >= 0, [x]
+        for i, layer in enumerate(self.config.layers):
+            context = self._context(i, layer, inputs, cache, keys, tables)
+            x, _, _ = getattr(self, f"layer_{i}").prefill(x, valid, None, *context)
+            found.append(x)
+        return tuple(found)
 
     def decode(
         self,
@@ -250,12 +312,12 @@ class Transformer(nn.Module):
         tables: dict,
     ) -> tuple[Any, ...]:
         table = tables[(layer.rope, layer.head_dim)]
-        positions = (inputs.positions, keys)
+        positions = (inputs.positions, cache.keys_of(i, keys))
         return cache.layers[i], cache.length, table, positions, cache.kept_of(i)
 
     def _leave(self, inputs: Inputs, layers: list, keys: jax.Array, cache: Cache) -> Cache:
         length = cache.length + inputs.tokens.shape[1]
-        return Cache(tuple(layers), keys, length, cache.kept)
+        return dataclasses.replace(cache, layers=tuple(layers), positions=keys, length=length)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         x = self.final_norm(x)

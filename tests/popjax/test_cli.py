@@ -28,7 +28,9 @@ from popjax.cli.tables import speed_change
 from popjax.cli.terminal import sentence
 
 PROMPT = "The quick brown fox"
-COMMANDS = ("generate", "chat", "inspect", "plan", "bench", "show", "export", "doctor")
+COMMANDS = (
+    *("generate", "chat", "inspect", "plan", "bench", "calibrate", "show", "export", "doctor"),
+)
 ENTRY = "from popjax.cli import main; main()"
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,84 @@
+"""`popjax calibrate`: what a method measures of a model once, on text, written to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from popjax.cli import options
+from popjax.cli.terminal import Status, command, stdout_console, write
+
+What = Annotated[
+    str, typer.Argument(help="prefill-pruning: how much each layer matters to prompt and reply.")
+]
+Text = Annotated[Path, typer.Option("--text", help="UTF-8 text that prompts are cut from.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="New safetensors file for the scores.")]
+Samples = Annotated[int, typer.Option(min=1, help="Prompts, spread over the text.")]
+PromptTokens = Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Tokens the model adds to each.")
+]
+
+
+@command
+def calibrate(
+    what: What,
+    text: Text,
+    out: Out,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    check_tensors: options.CheckTensors = False,
+    samples: Samples = 200,
+    prompt_tokens: PromptTokens = 256,
+    new_tokens: NewTokens = 32,
+    seed: options.Seed = 0,
+) -> None:
+    """Score a model's layers for `--depth prefill-pruning --layer-scores` (or short-gpt).
+
+    Prompts are cut from the text and continued by the model itself.
+    """
+    if what != "prefill-pruning":
+        raise typer.BadParameter(
+            f"{what!r} measures nothing of a model: use prefill-pruning", param_hint="WHAT"
+        )
+    if out.exists():
+        raise typer.BadParameter(f"{out} exists: choose another name", param_hint="--out")
+    if not text.is_file():
+        raise typer.BadParameter(f"there is no file {text}", param_hint="--text")
+    words = options.read_prompt(None, text)
+    loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
+    from popjax.cli.tables import layer_table
+    from popjax.depth.artefact import save_scores
+    from popjax.depth.importance import measure
+
+    prompts = cut(loaded.encode(words)[0], samples, prompt_tokens)
+    with Status() as status:
+        status.say("Compiling")
+        scores = measure(
+            loaded.params,
+            loaded.config,
+            prompts,
+            new_tokens,
+            seed,
+            lambda done: status.say(f"Prompt {done} of {len(prompts)} done"),
+        )
+    about = f"{samples} prompts of {prompt_tokens} tokens of {text.name}, {new_tokens} new each"
+    path = save_scores(out, scores, loaded.params, loaded.config, about)
+    stdout_console().print(layer_table(scores, about))
+    write(f"{path}\n")
+
+
+def cut(ids: list[int], count: int, length: int) -> list[list[int]]:
+    """`count` runs of `length` tokens spread over ids from first to last; they may overlap."""
+    spare = len(ids) - length
+    if spare < 0:
+        raise ValueError(
+            f"the text has {len(ids)} tokens and a prompt {length}: give a longer text, or a "
+            "smaller --prompt-tokens"
+        )
+    starts = [spare * i // max(count - 1, 1) for i in range(count)]
+    return [ids[start : start + length] for start in starts]

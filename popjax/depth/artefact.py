@@ -1,0 +1,65 @@
+"""Scores of a model's layers in a file of their own, which names the model they are of.
+
+Leaves out measuring them (`importance.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+import checkpoints
+from popjax.config import ModelConfig
+from popjax.fingerprint import fingerprint
+from popjax.sparsity import Params
+
+KIND, VERSION = "layer-scores", "1"
+NAMES = ("prefill", "decode", "influence")
+
+
+def save_scores(
+    path: str | os.PathLike[str],
+    scores: Mapping[str, np.ndarray],
+    params: Params,
+    config: ModelConfig,
+    about: str,
+) -> Path:
+    """Write scores [L] by name, of this model, into one new safetensors file; returns its path.
+
+    about: what they were measured on. Raises CheckpointError where the path exists.
+    """
+    arrays = {name: np.asarray(scores[name], np.float32) for name in NAMES}
+    named = {"fingerprint": fingerprint(params, config), "about": about}
+    return checkpoints.save_bundle(path, KIND, VERSION, arrays, named)
+
+
+def load_scores(
+    path: str | os.PathLike[str], params: Params, config: ModelConfig
+) -> dict[str, np.ndarray]:
+    """Scores [L] by name that `save_scores` wrote for this model.
+
+    Raises CheckpointError for a file that is damaged, of another version, or of another model.
+    """
+    arrays, about = checkpoints.load_bundle(path, KIND, VERSION)
+    mine = fingerprint(params, config)
+    if about.get("fingerprint") != mine:
+        raise checkpoints.CheckpointError(
+            f"{path} holds layer scores of another model (fingerprint {about.get('fingerprint')}, "
+            f"this one has {mine}): calibrate this one"
+        )
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if shapes != dict.fromkeys(NAMES, (config.num_layers,)):
+        raise checkpoints.CheckpointError(
+            f"{path} holds arrays {shapes}, not {', '.join(NAMES)} of {config.num_layers} layers: "
+            "calibrate again"
+        )
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise checkpoints.CheckpointError(f"{path} holds scores that are not finite: calibrate "
+                                          "again")  # fmt: skip
+    return arrays
+
+
+__all__ = ["NAMES", "load_scores", "save_scores"]

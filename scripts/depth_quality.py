@@ -1,0 +1,121 @@
+"""What skipping layers in prefill costs: continuation perplexity above dense, with ablations.
+
+    python -m scripts.depth_quality --text article.txt --json depth.json
+
+Each window's prefix is prefilled with layers skipped; the tokens after it are scored as decode
+steps of the whole model (`popjax.continuation`). ShortGPT's block influences are those of the
+prefixes themselves, which favours it. Prints a markdown table. The text is the caller's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import popjax
+from popjax.continuation import continuation_logprobs
+from popjax.depth import DepthMethod, PrefillPruning, ShortGPT
+from popjax.depth.choosing import layer_count, lowest
+from popjax.depth.importance import influences
+from popjax.eviction import KvMethod, LaProx
+from scripts.quality import DENSE, Quality, cut_windows, table, write_json
+
+Case = tuple[DepthMethod | None, KvMethod | None]
+
+
+def cases(skip: float, dropped: tuple[int, ...], keep: float | None) -> dict[str, Case]:
+    """The last layers, other sets, what goes without each part, and evictions beside it."""
+    found: dict[str, Case] = {
+        "last": (PrefillPruning(skip=skip), None),
+        "first": (PrefillPruning(skip=skip, choose="first"), None),
+        "every": (PrefillPruning(skip=skip, choose="every"), None),
+        "last, no boundary": (PrefillPruning(skip=skip, handle_boundary=False), None),
+        "last, no entries": (PrefillPruning(skip=skip, kv=False), None),
+        "short-gpt": (ShortGPT(layers=dropped), None),
+    }
+    if keep is not None:
+        kv = LaProx(keep=keep)
+        found[f"laprox {keep:g} alone"] = (None, kv)
+        for budget in ("shared", "uniform"):
+            depth = PrefillPruning(skip=skip, eviction=budget)
+            found[f"last, laprox {keep:g} {budget}"] = (depth, kv)
+    return found
+
+
+def block_influence(model: Any, prefixes: Sequence[Sequence[int]]) -> list[float]:
+    """Mean block influence of every layer over the prefixes."""
+    one = jax.jit(influences, static_argnames="config")
+    found = [
+        np.asarray(one(model.params, jnp.asarray(prefix, jnp.int32), config=model.config))
+        for prefix in prefixes
+    ]
+    return np.mean(found, axis=0).tolist()
+
+
+def measure(
+    model: Any, windows: Sequence[Sequence[int]], prefix: int, skip: float, keep: float | None
+) -> list[Quality]:
+    """Quality of every case; all see a window before the next begins."""
+    count = layer_count(skip, model.config.num_layers)
+    dropped = lowest(block_influence(model, [window[:prefix] for window in windows]), count)
+    print(f"short-gpt drops layers {dropped}", file=sys.stderr)
+    listed: dict[str, Case] = {DENSE: (None, None), **cases(skip, dropped, keep)}
+    found: dict[str, list[float]] = {name: [] for name in listed}
+    started = time.perf_counter()
+    for i, window in enumerate(windows):
+        for name, (depth, kv) in listed.items():
+            given = window[:prefix], window[prefix:]
+            logprobs = continuation_logprobs(
+                model.params, model.config, popjax.Method(), *given, eviction=kv, depth=depth
+            )
+            found[name].append(-float(np.mean(logprobs, dtype=np.float64)))
+        spent = time.perf_counter() - started
+        print(f"window {i + 1}/{len(windows)}, {spent:.0f} s", file=sys.stderr, flush=True)
+    dense = tuple(found[DENSE])
+    share = round(skip, 3)
+    return [Quality(name, share, tuple(values), dense) for name, values in found.items()]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to score")
+    parser.add_argument("--model", help="folder, .gguf file or hub id (default: the default model)")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--prefix", type=int, default=512, help="tokens that skip layers")
+    parser.add_argument("--scored", type=int, default=256, help="tokens scored after the prefix")
+    parser.add_argument("--skip", type=float, default=1 / 3, help="share of the layers")
+    parser.add_argument("--kv-keep", type=float, help="also beside laprox of this budget")
+    parser.add_argument("--json", type=Path, help="also write every window's numbers here")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print; see `--help`."""
+    asked = _arguments(argv)
+    text = asked.text.read_text(encoding="utf-8")
+    model = popjax.load(asked.model)
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    special = model.tokenizer("")["input_ids"]
+    windows = cut_windows(ids, special, asked.windows, asked.prefix + asked.scored)
+    results = measure(model, windows, asked.prefix, asked.skip, asked.kv_keep)
+    protocol = (
+        f"{model.name}, {asked.windows} windows spread over {len(ids)} tokens: prefix of "
+        f"{asked.prefix} skips layers, next {asked.scored} scored as decode steps; ± one standard "
+        "error; ratio: share of the layers"
+    )
+    print(f"{protocol}\n\n{table(results)}")
+    if asked.json is not None:
+        values = {"protocol": protocol, "results": [result.to_json() for result in results]}
+        write_json(asked.json, values)
+
+
+if __name__ == "__main__":
+    main()

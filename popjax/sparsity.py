@@ -192,8 +192,8 @@ def whole_partition(layer: LayerConfig) -> Partition:
         return ChannelPartition(every, every[:0])
     shape = (layer.moe.here, layer.channels)
     retained = jnp.broadcast_to(every[None, :], shape)
-    static = {"top_k": layer.routed, "expert_dim": layer.channels}
-    return ExpertPartition(retained, retained[:, :0], **static)
+    sizes: dict[str, Any] = {"top_k": layer.routed, "expert_dim": layer.channels}
+    return ExpertPartition(retained, retained[:, :0], **sizes)
 
 
 def partition_by_rank(scores: jax.Array, budget: ChannelBudget) -> ChannelPartition:

@@ -35,7 +35,7 @@ from popjax.methods import Griffin, Method, OnlinePruning
 from popjax.nn.ops import rms_norm
 from popjax.packing import pack
 from popjax.run import Request, run
-from popjax.sparsity import Params, Partitions
+from popjax.sparsity import ChannelPartitions, Params
 from scripts.bench_llama_cpp import against_llama_cpp
 from scripts.bench_models import (
     DEFAULT,
@@ -143,7 +143,7 @@ def decode_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, An
 @functools.partial(jax.jit, static_argnames=("method", "activation", "implementation"))
 def ffn_steps(
     layers: list[Params],
-    partition: Partitions | None,
+    partition: ChannelPartitions | None,
     x: jax.Array,
     steps: jax.Array,
     *,

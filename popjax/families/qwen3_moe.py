@@ -19,7 +19,7 @@ from popjax.families.mixture import EXPERT_ROWS, dense_layers, moe_config, with_
 def _config(raw: dict[str, Any]) -> ModelConfig:
     bias = bool(raw.get("attention_bias", False))
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
-    fields = {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
+    fields: dict[str, Any] = {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
     config = decoder_config(raw, "qwen3_moe", windows=lambda i: window, **fields)
     renormalise = bool(raw.get("norm_topk_prob", False))
     moe = moe_config(raw, "moe_intermediate_size", renormalise)

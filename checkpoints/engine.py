@@ -139,23 +139,17 @@ def convert(
         raise ValueError(f"dtype must be a float type, got {wanted}")
     flat: dict[str, Any] = {}
     damaged: list[str] = []
-    jobs = _plan(source, rows, expected, ignore)
+    jobs = _plan(source, rows, _targets(expected, rows), ignore)
     arena = _arena(expected, wanted) if place is None else None
     assembly = Assembly(target for job in jobs for target in job.targets)
     for job in jobs:
-        for target, array in _load(source, job, wanted, arena):
-            if check_tensors and (count := _count_non_finite(array)):
-                damaged.append(f"{job.source} ({count} of {array.size} values)")
-            path, index = parent_of(target)
-            if index is not None:
-                array = _assembled(assembly, path, index, array, expected[path], arena)
-                if array is None:
-                    continue
-            # Not jnp.asarray, which makes one more copy.
-            placed = jax.device_put(array) if place is None else place(path, array)
-            # Transfers run in the background; without waiting, host copies would pile up.
-            flat[path] = jax.block_until_ready(placed)
-            del array, placed
+        for target, part in _load(source, job, wanted, arena):
+            if check_tensors and (count := _count_non_finite(part)):
+                damaged.append(f"{job.source} ({count} of {part.size} values)")
+            path, array = _assembled(assembly, target, part, expected, arena)
+            if array is not None:
+                flat[path] = _placed(place, path, array)
+            del part, array
     if damaged:
         raise CheckpointError(
             f"{source.location} has NaN or infinities in {few(damaged, 'tensor')}"
@@ -171,21 +165,32 @@ def _arena(expected: Mapping[str, HasShape], dtype: np.dtype) -> buffers.Arena |
     return buffers.Arena(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
 
+def _placed(
+    place: Callable[[str, np.ndarray], jax.Array] | None, path: str, array: np.ndarray
+) -> jax.Array:
+    # Not jnp.asarray, which makes one more copy.
+    placed = jax.device_put(array) if place is None else place(path, array)
+    # Transfers run in the background; without waiting, host copies would pile up.
+    return jax.block_until_ready(placed)
+
+
 def _assembled(
     assembly: Assembly,
-    path: str,
-    index: int,
+    target: str,
     part: np.ndarray,
-    whole: HasShape,
+    expected: Mapping[str, HasShape],
     arena: buffers.Arena | None,
-) -> np.ndarray | None:
-    """The parameter at `path`, slice `index` of which is `part`, where all its slices are there."""
+) -> tuple[str, np.ndarray | None]:
+    """The parameter that `part` is, or is a slice of, where all its slices are there."""
+    path, index = parent_of(target)
+    if index is None:
+        return path, part
     array = assembly.held(path)
     if array is None:
         make = buffers.empty if arena is None else arena.empty
-        array = make(tuple(whole.shape), part.dtype)
+        array = make(tuple(expected[path].shape), part.dtype)
     array[index] = part
-    return assembly.add(path, array)
+    return path, assembly.add(path, array)
 
 
 def _load(
@@ -228,7 +233,6 @@ def _plan(
 ) -> list[_Job]:
     """What to read in file order, or one `CheckpointError` that lists every mismatch by kind."""
     ignored = [compile_pattern(pattern) for pattern in ignore]
-    expected = _targets(expected, rows)
     jobs: list[_Job] = []
     extra, ambiguous, dtypes, shapes = [], [], [], []
     for name in source.names():

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,11 @@ from transformers import PreTrainedTokenizerFast
 
 import checkpoints
 from popjax import cache
-from popjax.buckets import left_padded
 from popjax.config import ModelConfig
 from popjax.families import FAMILIES
 from popjax.methods import Method
 from popjax.methods.experts import ExpertActs
-from popjax.nn.transformer import Transformer, init_params
+from popjax.nn.transformer import Inputs, Transformer, init_params
 from popjax.sparsity import Params
 from popjax.text import tokenizer_files
 
@@ -103,11 +102,12 @@ def losses(params: Params, config: ModelConfig, tokens: jax.Array) -> tuple[jax.
     Balance is E sum_e f_e P_e with f the share of pairs and P the mean router share of an expert
     (arXiv 2101.03961 Eq. 4): 1 where all are even.
     """
-    inputs = left_padded(np.zeros((tokens.shape[0], tokens.shape[1] - 1), int).tolist())
-    inputs = dataclasses.replace(inputs, tokens=tokens[:, :-1])
-    held = cache.empty(config, *inputs.tokens.shape, params["embed"]["table"].dtype)
+    B, T = tokens.shape[0], tokens.shape[1] - 1
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    inputs = Inputs(tokens[:, :-1], positions)
+    held = cache.empty(config, B, T, params["embed"]["table"].dtype)
     model = Transformer(config, Routing())
-    given = (inputs, held, None, True)
+    given: tuple[Any, ...] = (inputs, held, None, True)
     out: Any = model.apply({"params": params}, *given, method="prefill")
     loss = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]).mean()
     routing = []
@@ -138,7 +138,7 @@ def trained(ids: np.ndarray, config: ModelConfig, asked: argparse.Namespace) -> 
         # optax raises numbers to the power of a whole step, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, state = optimiser.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state, loss
+            return cast(Params, optax.apply_updates(params, updates)), state, loss
 
     state, started = optimiser.init(params), time.perf_counter()
     for i in range(asked.steps):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,18 @@ _SUMMED = {"expand": 2, "contract": 1}
 
 def expand(x: jax.Array, weights: Sequence[jax.Array], sizes: jax.Array) -> list[jax.Array]:
     """h [M, F] of x [M, D], sorted by group, with each of several w [E, F, D]; sizes [E] int32."""
-    return _grouped("expand", x, list(weights), sizes)
+    return _products("expand", x, list(weights), sizes)
 
 
 def contract(h: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     """y [M, D] of h [M, F], sorted by group, with w [E, F, D]; sizes [E] int32."""
-    (y,) = _grouped("contract", h, [w], sizes)
-    return y
+    return _products("contract", h, [w], sizes)[0]
+
+
+def _products(
+    operation: str, x: jax.Array, weights: list[jax.Array], sizes: jax.Array
+) -> list[jax.Array]:
+    return cast(list[jax.Array], _grouped(operation, x, weights, sizes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -64,7 +69,7 @@ def _inside(each: jax.Array, sizes: jax.Array) -> jax.Array:
 def _forward(
     operation: str, x: jax.Array, weights: list[jax.Array], sizes: jax.Array
 ) -> tuple[list[jax.Array], Any]:
-    return _grouped(operation, x, weights, sizes), (x, weights, sizes)
+    return _products(operation, x, weights, sizes), (x, weights, sizes)
 
 
 def _backward(operation: str, saved: Any, gradients: list[jax.Array]) -> tuple[Any, ...]:
@@ -73,7 +78,7 @@ def _backward(operation: str, saved: Any, gradients: list[jax.Array]) -> tuple[A
     inside = [_inside(gradient, sizes) for gradient in gradients]
     other = "contract" if operation == "expand" else "expand"
     pairs = list(zip(inside, weights, strict=True))
-    by_x = sum(_grouped(other, gradient, [w], sizes)[0] for gradient, w in pairs)
+    by_x = sum(_products(other, gradient, [w], sizes)[0] for gradient, w in pairs)
     # Rows of w are channels: outputs of expand, inputs of contract.
     sides = [(g, x) if operation == "expand" else (x, g) for g in inside]
     by_w = [blocked.outer(rows, columns, sizes) for rows, columns in sides]

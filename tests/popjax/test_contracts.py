@@ -68,7 +68,7 @@ TELLING = [
     (family, name)
     for family, name in PAIRS
     if (family == "llama" and name != "griffin/xla")
-    or (family == "qwen2_moe" and name in ("online", "online/xla", "rescore", "dense/xla"))
+    or (family, name) == ("qwen2_moe", "online/xla")
     or name == "online"
     or (name == "dense" and family not in ("llama3", *NEWER))
 ]

@@ -166,6 +166,18 @@ def test_unseen_experts_go_by_their_weights_or_stay_whole() -> None:
     assert xla.tokens.tolist() == whole.tokens.tolist()
 
 
+@pytest.mark.slow
+def test_chunks_of_a_prompt_add_up() -> None:
+    config = tiny("qwen3_moe")
+    params, method = random_params(config), OnlinePruning(0.5, gamma=0.3, prefill="dense")
+    whole = run(params, config, Request(PROMPTS, 8, method=method))
+    chunked = run(params, config, Request(PROMPTS, 8, method=method, prefill_chunk=4))
+    assert chunked.tokens.tolist() == whole.tokens.tolist()
+    for mine, other in zip(chunked.partition or (), whole.partition or (), strict=True):
+        np.testing.assert_array_equal(mine.retained, other.retained)
+        np.testing.assert_array_equal(mine.candidate, other.candidate)
+
+
 def test_a_token_reads_the_rows_of_its_own_experts() -> None:
     config = tiny("olmoe")
     found = ran(Frozen(0.5))

@@ -1,11 +1,12 @@
-"""A mixture of experts on this machine: prefill and decode against torch, and pruned against dense.
+"""A mixture of experts on this machine: pruned against dense, and both phases against torch.
 
-    python -m scripts.bench_moe --layers 2 --json moe.json
+    python -m scripts.bench_moe --torch --json moe.json
 
 Random layers of OLMoE-1B-7B's shape (64 experts of 1024 channels, 8 a token) and its vocabulary, in
-float32, batch 1, everything interleaved round by round in one process. torch runs `transformers`'
-own class with random weights of the same shapes and as many threads as jax has cores. Leaves out
-quality, which random weights have none of (`quality.py --model FOLDER` on a trained one).
+float32, batch 1, everything interleaved round by round in one process. With --torch (extra
+`parity`) `transformers`' own class runs random weights of the same shapes on as many threads as jax
+has cores. Leaves out quality, which random weights have none of (`quality.py --model FOLDER` on a
+trained one).
 """
 
 from __future__ import annotations
@@ -96,11 +97,12 @@ def measured(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
         name: functools.partial(ours, model, method, prompt, new)
         for name, method in methods.items()
     }
-    measures[TORCH] = functools.partial(torch_model(model.raw, threads), prompt, new)
+    if asked.torch:
+        measures[TORCH] = functools.partial(torch_model(model.raw, threads), prompt, new)
     runs = interleaved(measures, asked.rounds)
     prefill = {name: Spread(tuple(_prefill(r) for r in found)) for name, (_, found) in runs.items()}
     steps = {name: Spread(tuple(_step(r, new) for r in found)) for name, (_, found) in runs.items()}
-    for what, spreads in (("prefill", prefill), ("decode step", steps)):
+    for what, spreads in (("prefill", prefill), ("decode step", steps)) if asked.torch else ():
         print(f"  {what} against torch on {threads} threads: ", end="")
         print(speedup_text(spreads[TORCH].over(spreads[DENSE])), flush=True)
     read = {name: read_bytes(model, runs[name][0]) for name in methods}
@@ -127,6 +129,7 @@ def _step(result: Any, new: int) -> float:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--torch", action="store_true", help="also against transformers on torch")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--ratio", type=float, default=0.5)

@@ -232,6 +232,7 @@ def test_partitions_that_do_not_fit_are_refused() -> None:
     for bad, complaint in (
         (dataclasses.replace(part, retained=doubled), "names a channel twice in one expert"),
         (dataclasses.replace(part, retained=part.retained[:4]), r"give \[8, R\]"),
+        (dataclasses.replace(part, whole=jnp.ones((1,), bool)), r"whole of shape \(1,\)"),
         (dataclasses.replace(part, top_k=2), "is for 2 experts a token"),
         (dataclasses.replace(part, k_selected=1), "k_selected 1 of layer 0 is above"),
     ):

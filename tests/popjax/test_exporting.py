@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from popjax.sparsity import ChannelPartition, whole_partition
 from tests.popjax.published_models import PARAMETER_COUNTS
 from tests.popjax.tiny_models import PROMPTS, logit_tolerance, random_params, tiny
 
-FULL = np.arange(48, dtype=np.int32)
+FULL = jnp.arange(48, dtype=jnp.int32)
 WITHOUT_EXPERTS = [
     name
     for name, (raw, _) in PARAMETER_COUNTS.items()

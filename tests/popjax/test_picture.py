@@ -26,7 +26,7 @@ def decided(model: LanguageModel, method: Any) -> Decided:
     """What a short run of the tiny model decided."""
     found = model.generate("The quick", method=method, max_new_tokens=6, record_masks=True)
     assert found.partition is not None
-    return Decided(model.config, found.partition, found.masks)
+    return Decided.of(model.config, found.partition, found.masks)
 
 
 def large(steps: int = 60, layers: int = 32, channels: int = 14_336) -> Decided:

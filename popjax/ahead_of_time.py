@@ -318,6 +318,9 @@ def read_weights(params: Params, workload: Workload) -> int:
             held = experts[0].sharding.shard_shape(experts[0].shape)[0]
             unread = held - min(held, workload.batch * layer.moe.top_k)
             total -= shard_bytes(experts) * unread // held
+    if config.position_offset is not None:
+        positions = params["positions"]["table"]
+        total -= shard_bytes(positions) - config.embed_dim * positions.dtype.itemsize
     if not config.tie_embeddings:
         table = params["embed"]["table"]
         total -= shard_bytes(table) - config.embed_dim * table.dtype.itemsize

@@ -160,6 +160,10 @@ def checked_experts(i: int, part: object, layer: LayerConfig) -> ExpertPartition
         )
     retained, candidate = (jnp.asarray(np.sort(s, axis=1), jnp.int32) for s in sets)
     whole = None if part.whole is None else jnp.asarray(part.whole, bool)
+    if whole is not None and whole.shape != (E,):
+        raise ValueError(
+            f"partition of layer {i} has whole of shape {whole.shape}: give [{E}], a bool an expert"
+        )
     return ExpertPartition(
         retained,
         candidate,

@@ -24,8 +24,10 @@ def calibrated_partition(
 ) -> Partitions:
     """The partition that `method` makes of token windows run together, all tokens counting alike.
 
-    Raises ValueError for a method that prunes no channels, or that leaves some to every step.
+    Raises ValueError for a method that prunes no channels, or that leaves some to every step, and
+    for a mixture of experts.
     """
+    _check_no_experts(model)
     found = run(model.params, model.config, Request(windows, 1, method=method)).partition
     if found is None:
         raise ValueError(f"{method} prunes no FFN channels: name another method, such as frozen")
@@ -38,8 +40,9 @@ def statically_pruned(model: LanguageModel, partition: Partitions) -> LanguageMo
 
     Its other weights are shared with `model`, not copied. Raises ValueError for a partition that
     does not fit, that leaves a choice to every step, or whose layers differ in width, and for a
-    model on several devices.
+    model on several devices or with experts.
     """
+    _check_no_experts(model)
     partition = checked_partitions(partition, model.config)
     _check_final(partition)
     if model.mesh is not None:
@@ -59,6 +62,15 @@ def statically_pruned(model: LanguageModel, partition: Partitions) -> LanguageMo
     source = dataclasses.replace(model.source, raw=raw, config=config)
     name = f"{model.name}-ffn{width}"
     return dataclasses.replace(model, name=name, config=config, params=params, source=source)
+
+
+def _check_no_experts(model: LanguageModel) -> None:
+    """Raise ValueError for a mixture of experts, whose rows packing leaves where they are."""
+    if any(layer.moe is not None for layer in model.config.layers):
+        raise ValueError(
+            f"{model.name} is a mixture of experts, each of which keeps channels of its own, and "
+            "no FFN channel of it is removed for good: export a model without experts"
+        )
 
 
 def _check_final(partition: Partitions) -> None:

@@ -224,6 +224,7 @@ def family_facts() -> list[dict[str, Any]]:
             "q_norm": "q/k norms",
             "q_all_norm": "q/k norms over all heads",
             "up_bias": "FFN biases",
+            "router": "experts",
         }
         module = sys.modules[family.config.__module__]
         facts.append(

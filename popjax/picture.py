@@ -52,12 +52,8 @@ class Decided:
     @classmethod
     def of(cls, config: ModelConfig, partition: Partitions, masks: Masks | None) -> Decided:
         """What a run decided. Raises ValueError for a model with experts, which has no picture."""
+        require_no_experts(config)
         parts = tuple(part for part in partition if isinstance(part, ChannelPartition))
-        if len(parts) < len(partition):
-            raise ValueError(
-                "a mixture of experts has partitions for each expert, which no picture shows: "
-                "draw a model without experts"
-            )
         return cls(config, parts, masks)
 
     @property
@@ -136,6 +132,15 @@ def draw(
 def require_matplotlib() -> None:
     """Raise ImportError, saying what to install, where matplotlib is not."""
     _figure_class()
+
+
+def require_no_experts(config: ModelConfig) -> None:
+    """Raise ValueError for a model that has experts."""
+    if any(layer.moe is not None for layer in config.layers):
+        raise ValueError(
+            "a mixture of experts has partitions for each expert, which no picture shows: draw a "
+            "model without experts"
+        )
 
 
 def _figure_class() -> type[Figure]:

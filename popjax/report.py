@@ -188,7 +188,7 @@ def bytes_per_token(config: ModelConfig, params: Params) -> int:
     """Bytes of weights that one dense decode step reads for one row.
 
     Every weight once, of experts those that it goes to, except that an embedding table is read
-    whole only as the output head; as an input table it costs one row.
+    whole only as the output head; as an input table, or one of positions, it costs one row.
     """
     table = params["embed"]["table"]
     total = weight_bytes(params)
@@ -197,6 +197,9 @@ def bytes_per_token(config: ModelConfig, params: Params) -> int:
             # A token reads its own experts.
             unused = layer.moe.num_experts - layer.moe.top_k
             total -= 3 * unused * layer.channels * config.embed_dim * table.dtype.itemsize
+    if config.position_offset is not None:
+        positions = params["positions"]["table"]
+        total -= positions.nbytes - positions.nbytes // positions.shape[0]
     if not config.tie_embeddings:
         total -= table.nbytes - config.embed_dim * table.dtype.itemsize
     return total

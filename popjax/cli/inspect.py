@@ -123,12 +123,22 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
         "layers": config.num_layers,
         "embed_dim": config.embed_dim,
         **{name: of_layers(name) for name in names},
+        **_experts(config),
         "vocab_size": config.vocab_size,
         "max_positions": config.max_positions,
         "activation": config.activation,
         "tie_embeddings": config.tie_embeddings,
         "rope": ", ".join(dict.fromkeys(_rope(layer.rope) for layer in config.layers)),
     }
+
+
+def _experts(config: ModelConfig) -> dict[str, Any]:
+    """Sizes of the experts, of which all layers that have any have as many; none: nothing."""
+    found = [layer.moe for layer in config.layers if layer.moe is not None]
+    if not found:
+        return {}
+    names = ("num_experts", "top_k", "expert_dim")
+    return {"expert_layers": len(found), **{name: getattr(found[0], name) for name in names}}
 
 
 def _rope(rope: Any) -> str:

@@ -74,6 +74,8 @@ def show(
     text = options.read_prompt(prompt, prompt_file)
     picture.require_matplotlib()  # before the work, not after it
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    if eviction is None:
+        picture.require_no_experts(loaded.config)
     with Status() as status:
         status.say("Compiling, reading the prompt, decoding")
         if chosen is None:

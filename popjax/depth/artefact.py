@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,18 @@ from popjax.sparsity import Params
 
 KIND, VERSION = "layer-scores", "1"
 NAMES = ("prefill", "decode", "influence")
+
+
+def given_path(importance: Any) -> str:
+    """The path that a depth method was given. Raises ValueError for anything but a path."""
+    if isinstance(importance, str | os.PathLike):
+        path = os.fspath(importance)
+        if isinstance(path, str):
+            return path
+    raise ValueError(
+        f"importance {importance!r} is not a path: give the file that `popjax calibrate "
+        "prefill-pruning` wrote"
+    )
 
 
 def save_scores(
@@ -62,4 +75,4 @@ def load_scores(
     return arrays
 
 
-__all__ = ["NAMES", "load_scores", "save_scores"]
+__all__ = ["NAMES", "given_path", "load_scores", "save_scores"]

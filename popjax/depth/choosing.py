@@ -40,8 +40,10 @@ def check_skip(skip: Any) -> None:
     check_share("skip", 0.0 if skip is None else skip)
 
 
-def check_layers(layers: tuple[Any, ...]) -> None:
-    """Raise ValueError unless `layers` are distinct whole numbers, none of them negative."""
+def check_layers(layers: Any) -> None:
+    """Raise ValueError unless `layers` is a tuple of distinct whole numbers, none negative."""
+    if not isinstance(layers, tuple):
+        raise ValueError(f"layers {layers!r} are not a tuple of indices: give one, such as (1, 2)")
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(f"layer {layer!r} is not a whole number of at least 0: give indices")

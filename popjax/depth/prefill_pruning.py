@@ -9,10 +9,9 @@ it. No author code is public. Leaves out the running of it (`nn/passing.py`).
 from __future__ import annotations
 
 import dataclasses
-import os
 
 from popjax.config import ModelConfig
-from popjax.depth.artefact import load_scores
+from popjax.depth.artefact import given_path, load_scores
 from popjax.depth.choosing import (
     PLACES,
     by_place,
@@ -57,7 +56,9 @@ class PrefillPruning(DepthMethod):
                 raise ValueError(f"skip {self.skip} and layers {self.choose} were given: give one")
         elif self.choose not in (*PLACES, "scores"):
             allowed = (*PLACES, "scores")
-            raise ValueError(f"choose {self.choose!r} is unknown: use one of {allowed} or layers")
+            raise ValueError(
+                f"choose {self.choose!r} is unknown: use one of {allowed}, or a tuple of layers"
+            )
         if (self.choose == "scores") != (self.importance is not None):
             raise ValueError(
                 f"choose {self.choose!r} and importance {self.importance!r} do not go together: "
@@ -65,7 +66,7 @@ class PrefillPruning(DepthMethod):
                 "nothing else reads one"
             )
         if self.importance is not None:
-            object.__setattr__(self, "importance", os.fspath(self.importance))
+            object.__setattr__(self, "importance", given_path(self.importance))
         for name in ("handle_boundary", "kv"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(

@@ -7,10 +7,9 @@ Leaves out measuring block influence (`importance.py`).
 from __future__ import annotations
 
 import dataclasses
-import os
 
 from popjax.config import ModelConfig
-from popjax.depth.artefact import load_scores
+from popjax.depth.artefact import given_path, load_scores
 from popjax.depth.choosing import check_inside, check_layers, check_skip, layer_count, lowest
 from popjax.depth.method import DepthMethod
 from popjax.sparsity import Params
@@ -40,7 +39,7 @@ class ShortGPT(DepthMethod):
             if self.skip is not None:
                 raise ValueError(f"skip {self.skip} and layers {self.layers} were given: give one")
         if self.importance is not None:
-            object.__setattr__(self, "importance", os.fspath(self.importance))
+            object.__setattr__(self, "importance", given_path(self.importance))
 
     def for_model(self, config: ModelConfig, params: Params) -> ShortGPT:
         dropped = self.layers

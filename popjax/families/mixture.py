@@ -63,5 +63,7 @@ def dense_layers(raw: dict[str, Any]) -> frozenset[int]:
     step, listed = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
     if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         raise ValueError(f"decoder_sparse_step {step!r} in config.json is not a whole number >= 1")
+    if not isinstance(listed, list | tuple):
+        raise ValueError(f"mlp_only_layers {listed!r} in config.json is not a list: repair it")
     layers = range(raw["num_hidden_layers"])
     return frozenset(i for i in layers if i in listed or (i + 1) % step)

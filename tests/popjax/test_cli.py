@@ -26,6 +26,7 @@ from popjax import METHODS, LanguageModel, OnlinePruning
 from popjax.cli import app
 from popjax.cli.tables import speed_change
 from popjax.cli.terminal import sentence
+from popjax.families import FAMILIES
 
 PROMPT = "The quick brown fox"
 COMMANDS = (
@@ -453,12 +454,10 @@ def test_inspect_lists_families_and_methods() -> None:
     assert result.exit_code == 0
     assert all(name in result.stdout for name in ("llama", "mistral", "qwen2", "qwen3", *METHODS))
     found = json.loads(CliRunner().invoke(app, ["inspect", "--json"]).stdout)
-    assert [family["family"] for family in found["families"]] == [
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-    ]
+    families = {family["family"]: family for family in found["families"]}
+    assert list(families) == list(FAMILIES)
+    assert families["opt"]["gguf_architecture"] is None
+    assert "experts" in families["qwen3_moe"]["extras"]
     assert set(found["methods"]) == set(METHODS)
 
 

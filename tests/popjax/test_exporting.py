@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,13 +14,18 @@ import popjax
 from popjax import Frozen, LanguageModel, OnlinePruning
 from popjax.continuation import continuation_logits
 from popjax.exporting import calibrated_partition, statically_pruned
-from popjax.families import family_of
+from popjax.families import family_of, model_config
 from popjax.methods import Method
-from popjax.sparsity import ChannelPartition
+from popjax.sparsity import ChannelPartition, whole_partition
 from tests.popjax.published_models import PARAMETER_COUNTS
-from tests.popjax.tiny_models import PROMPTS, logit_tolerance
+from tests.popjax.tiny_models import PROMPTS, logit_tolerance, random_params, tiny
 
-FULL = np.arange(48, dtype=np.int32)
+FULL = jnp.arange(48, dtype=jnp.int32)
+WITHOUT_EXPERTS = [
+    name
+    for name, (raw, _) in PARAMETER_COUNTS.items()
+    if all(layer.moe is None for layer in model_config(raw).layers)
+]
 
 
 def test_it_decodes_as_the_full_model_masked(tiny_model: LanguageModel) -> None:
@@ -72,7 +79,19 @@ def test_unequal_widths_are_refused(tiny_model: LanguageModel) -> None:
         statically_pruned(tiny_model, parts)
 
 
-@pytest.mark.parametrize("name", PARAMETER_COUNTS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_mixtures_are_refused(tiny_model: LanguageModel, family: str) -> None:
+    """Packing leaves experts whole, so their checkpoint would state a width it has not."""
+    config = tiny(family)
+    mixed = dataclasses.replace(tiny_model, config=config, params=random_params(config))
+    with pytest.raises(ValueError, match="is a mixture of experts"):
+        calibrated_partition(mixed, PROMPTS, Frozen(0.5))
+    whole = tuple(whole_partition(layer) for layer in config.layers)
+    with pytest.raises(ValueError, match="is a mixture of experts"):
+        statically_pruned(mixed, whole)
+
+
+@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
 def test_every_family_names_its_width(name: str) -> None:
     """What is exported states its width where the family looks for it."""
     raw, _ = PARAMETER_COUNTS[name]

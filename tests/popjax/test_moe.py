@@ -17,6 +17,7 @@ from popjax import loading
 from popjax.config import MoeConfig, from_json, to_json
 from popjax.expert_partition import ExpertPartition
 from popjax.families import FAMILIES
+from popjax.families.mixture import dense_layers
 from popjax.generate import Options
 from popjax.methods import Frozen, Method, OnlinePruning
 from popjax.methods.experts import ExpertActs
@@ -231,6 +232,7 @@ def test_partitions_that_do_not_fit_are_refused() -> None:
     for bad, complaint in (
         (dataclasses.replace(part, retained=doubled), "names a channel twice in one expert"),
         (dataclasses.replace(part, retained=part.retained[:4]), r"give \[8, R\]"),
+        (dataclasses.replace(part, whole=jnp.ones((1,), bool)), r"whole of shape \(1,\)"),
         (dataclasses.replace(part, top_k=2), "is for 2 experts a token"),
         (dataclasses.replace(part, k_selected=1), "k_selected 1 of layer 0 is above"),
     ):
@@ -290,6 +292,12 @@ def test_experts_are_read_into_their_slices(tmp_path: Path) -> None:
     for name in ("router", "gate", "up", "down"):
         found = params["layer_0"]["moe"][name]
         np.testing.assert_array_equal(found, wanted["layer_0"]["moe"][name])
+
+
+def test_dense_layers_that_are_no_list_are_refused() -> None:
+    raw = {"num_hidden_layers": 2, "mlp_only_layers": 1}
+    with pytest.raises(ValueError, match="mlp_only_layers 1 .* is not a list"):
+        dense_layers(raw)
 
 
 def test_top_k_above_the_experts_of_a_file_is_refused(tmp_path: Path) -> None:

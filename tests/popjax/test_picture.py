@@ -11,18 +11,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from popjax import Frozen, LanguageModel, OnlinePruning, RescoreAll
+from popjax.cli import app, options
 from popjax.config import LayerConfig, ModelConfig
 from popjax.picture import CANDIDATE, PRUNED, RETAINED, Decided, binned, draw, printable
 from popjax.sparsity import ChannelPartition, channel_budget
+from tests.popjax.test_cli import flat
+from tests.popjax.tiny_models import tiny
 
 
 def decided(model: LanguageModel, method: Any) -> Decided:
     """What a short run of the tiny model decided."""
     found = model.generate("The quick", method=method, max_new_tokens=6, record_masks=True)
     assert found.partition is not None
-    return Decided(model.config, found.partition, found.masks)
+    return Decided.of(model.config, found.partition, found.masks)
 
 
 def large(steps: int = 60, layers: int = 32, channels: int = 14_336) -> Decided:
@@ -185,3 +189,13 @@ def test_nothing_is_written_when_drawing_fails(
     with pytest.raises(OSError, match="disk full"):
         draw(tmp_path / "x.png", large(2, 2, 48), title="tiny", prompt="hi")
     assert not list(tmp_path.iterdir())
+
+
+def test_mixtures_are_refused_before_the_work(
+    tiny_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = dataclasses.replace(tiny_model, config=tiny("mixtral"))
+    monkeypatch.setattr(options.ModelChoice, "load", lambda self: mixed)
+    monkeypatch.setattr(LanguageModel, "generate", lambda *_, **__: pytest.fail("it ran"))
+    result = CliRunner().invoke(app, ["show", "a prompt", "-o", str(tmp_path / "a.png")])
+    assert result.exit_code == 1 and "a mixture of experts" in flat(result.stderr)

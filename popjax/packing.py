@@ -200,7 +200,8 @@ def as_matrices(params: Params, config: ModelConfig) -> Params:
 
 def tiled_placer(place: Callable[[str, Any], jax.Array]) -> Callable[[str, Any], jax.Array]:
     """`place(path, array)` that first makes FFN matrices tiles, as `as_tiles` does."""
-    return lambda path, array: place(path, _tiles(array) if "/mlp/" in path else array)
+    ffns = ("/mlp/", "/shared/")
+    return lambda path, array: place(path, _tiles(array) if any(f in path for f in ffns) else array)
 
 
 def _tiles(w: Any) -> Any:
@@ -213,6 +214,10 @@ def _tiles(w: Any) -> Any:
 def _reformed(
     params: Params, config: ModelConfig, form: Callable[[jax.Array], jax.Array]
 ) -> Params:
-    names = [f"layer_{i}" for i, layer in enumerate(config.layers) if layer.moe is None]
-    mlps = {name: {key: form(w) for key, w in params[name]["mlp"].items()} for name in names}
-    return {**params, **{name: {**params[name], "mlp": mlp} for name, mlp in mlps.items()}}
+    layers = {}
+    for i, layer in enumerate(config.layers):
+        name, ffn = f"layer_{i}", "mlp" if layer.moe is None else "shared"
+        if ffn in params[name]:
+            mlp = {key: form(w) for key, w in params[name][ffn].items()}
+            layers[name] = {**params[name], ffn: mlp}
+    return {**params, **layers}

@@ -92,6 +92,10 @@ class OnlinePruning(Method):
         ExpertRules(self.min_tokens, self.unseen)
 
     @property
+    def _rules(self) -> ExpertRules:
+        return ExpertRules(self.min_tokens, self.unseen)
+
+    @property
     def delta(self) -> float:
         return self.gamma / 2 if self.band == "half" else self.gamma
 
@@ -138,7 +142,7 @@ class OnlinePruning(Method):
 
     def observe(self, params: Params, acts: LayerActs | ExpertActs) -> Any:
         if isinstance(acts, ExpertActs):
-            return expert_scores(params, acts, self.score, self.expert_weighting)
+            return expert_scores(params, acts, self.score, self.expert_weighting, self._rules)
         if self.prefill == "probe":
             acts = probe_acts(params, acts)
         return channel_scores(params, acts, self.score)
@@ -153,8 +157,7 @@ class OnlinePruning(Method):
         return Plan(tuple(self._partition(statistic, layer) for statistic, layer in pairs))
 
     def _partition(self, statistic: Any, layer: LayerConfig) -> Partition:
-        rules = ExpertRules(self.min_tokens, self.unseen)
-        part = partition_of(statistic, layer, self.budget(layer.channels), rules)
+        part = partition_of(statistic, layer, self.budget(layer.channels), self._rules)
         if isinstance(part, ChannelPartition) or not jax.tree.leaves(statistic.shared):
             return part
         beside = partition_by_rank(statistic.shared, self.budget(layer.mlp_dim))

@@ -95,5 +95,6 @@ def test_what_every_token_uses_is_split_and_pruned_by_shard() -> None:
         np.testing.assert_array_equal(replayed.tokens, together.tokens)
         for mine, other in zip(replayed.masks or (), masks, strict=True):
             np.testing.assert_array_equal(mine, other)
-        tolerance = logit_tolerance(config, np.asarray(together.logits))
-        np.testing.assert_allclose(replayed.logits, together.logits, rtol=0, atol=tolerance)
+        logits = np.asarray(together.logits)
+        tolerance = logit_tolerance(config, logits)
+        np.testing.assert_allclose(np.asarray(replayed.logits), logits, rtol=0, atol=tolerance)

@@ -23,7 +23,15 @@ from popjax.generate import DecodeState, Options
 from popjax.methods import Method, check_evaluated
 from popjax.nn.transformer import Inputs, Outputs
 from popjax.sampling import SamplingConfig, row_keys
-from popjax.sparsity import ChannelPartition, Params, Partitions, keeps_order
+from popjax.sparsity import (
+    ChannelPartition,
+    Params,
+    Partitions,
+    ffn_name,
+    keeps_order,
+    unrouted,
+    with_unrouted,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +85,22 @@ def packed(
     if plan.channels is None:
         return params, config, None
     check_evaluated(method, config, [part.evaluated for part in plan.channels])
-    pairs = zip(plan.channels, config.layers, strict=True)
-    dims = (layer.mlp_dim if layer.moe else part.evaluated for part, layer in pairs)
+    alone = [unrouted(part) for part in plan.channels]
+    pairs = list(zip(alone, config.layers, strict=True))
+    dims = (layer.mlp_dim if part is None else part.evaluated for part, layer in pairs)
     narrow = config.with_mlp_dims(tuple(dims))
     rows = place.params(narrow, params["embed"]["table"].dtype)
     layers, parts = {}, []
-    for i, (part, layer) in enumerate(zip(plan.channels, config.layers, strict=True)):
-        name = f"layer_{i}"
-        if isinstance(part, ExpertPartition):
-            layers[name] = params[name]
-            parts.append(jax.eval_shape(with_order, part, params[name]["moe"]["down"]))
-            continue
-        whole = keeps_order(part, layer.mlp_dim)
-        layers[name] = params[name] if whole else {**params[name], "mlp": rows[name]["mlp"]}
-        parts.append(_packed_partition(part, whole))
+    for i, (whole, (part, layer)) in enumerate(zip(plan.channels, pairs, strict=True)):
+        name, ffn = f"layer_{i}", ffn_name(whole)
+        layers[name] = params[name]
+        if isinstance(whole, ExpertPartition):
+            whole = jax.eval_shape(with_order, whole, params[name]["moe"]["down"])
+        if part is not None:
+            kept = keeps_order(part, layer.mlp_dim)
+            layers[name] = params[name] if kept else {**params[name], ffn: rows[name][ffn]}
+            part = _packed_partition(part, kept)
+        parts.append(with_unrouted(whole, part))
     return {**params, **layers}, narrow, place.abstract(tuple(parts), "F")
 
 

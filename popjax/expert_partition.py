@@ -8,6 +8,7 @@ decoding reads those of a token's own experts by index. Leaves out where scores 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ import numpy as np
 from flax import struct
 
 from popjax.config import LayerConfig
+
+if TYPE_CHECKING:
+    from popjax.sparsity import ChannelPartition
 
 
 @struct.dataclass
@@ -25,6 +29,7 @@ class ExpertPartition:
     of a token's `top_k` experts are on in a step. Experts that are `whole` [E] have every channel
     on; None where there can be none. `with_order` fills in candidate_norm [E, C], the L2 norms of
     the candidates' rows of down, and order [E, M], the evaluated channels first, and its inverse.
+    shared: the channels of the FFN that every token uses; None where it keeps them all.
     """
 
     retained: jax.Array
@@ -33,6 +38,7 @@ class ExpertPartition:
     candidate_norm: jax.Array | None = None
     order: jax.Array | None = None
     places: jax.Array | None = None
+    shared: ChannelPartition | None = None
     k_selected: int = struct.field(pytree_node=False, default=0)
     top_k: int = struct.field(pytree_node=False, default=1)
     expert_dim: int = struct.field(pytree_node=False, default=0)
@@ -52,14 +58,20 @@ class ExpertPartition:
         return kept if self.whole is None else self.expert_dim
 
     @property
-    def evaluated(self) -> int:
-        """Columns of a step's mask: those of a token's experts, the best expert's first."""
+    def routed(self) -> int:
+        """Columns of a step's mask that a token's experts have, the best expert's first."""
         return self.top_k * self.width
+
+    @property
+    def evaluated(self) -> int:
+        """Columns of a step's mask: those of experts, then those of `shared`."""
+        return self.routed + (0 if self.shared is None else self.shared.evaluated)
 
     @property
     def active(self) -> int:
         """Channels on for a token, unless experts are whole."""
-        return self.top_k * (self.num_retained + self.k_selected)
+        beside = 0 if self.shared is None else self.shared.active
+        return self.top_k * (self.num_retained + self.k_selected) + beside
 
     @property
     def in_order(self) -> bool:

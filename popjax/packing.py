@@ -26,7 +26,10 @@ from popjax.sparsity import (
     Params,
     Partition,
     Partitions,
+    ffn_name,
     keeps_order,
+    unrouted,
+    with_unrouted,
 )
 
 
@@ -41,7 +44,7 @@ def pack(
     """Parameters whose FFN rows are only [R | C], the config they fit, and partitions into them.
 
     Copies the FFN's rows [R+C, D], and biases of up, once per prompt; all other arrays are shared,
-    and a layer that evaluates every channel, or has experts, keeps its weights. The full weights
+    and a layer that evaluates every channel keeps its weights, as do experts. The full weights
     stay held by their owner. On a mesh every device packs its own rows, at the places in its shard
     that the partitions name.
     Without `copy` nothing is copied: decode steps fetch the rows from the full weights by index.
@@ -51,21 +54,31 @@ def pack(
             raise ValueError("rows cannot be left unpacked on several devices: pack with copy=True")
         return params, config, _indexed(params, config, partitions)
     found = dict(enumerate(partitions))
-    packed = {i: part for i, part in found.items() if isinstance(part, ChannelPartition)}
-    mlps = [params[f"layer_{i}"]["mlp"] for i in packed]
+    packed = _packable(found)
+    mlps = [params[f"layer_{i}"][ffn_name(found[i])] for i in packed]
     if mesh is None:
         widths = [config.layers[i].mlp_dim for i in packed]
         mlps, parts = _pack_layers(mlps, tuple(packed.values()), widths)
     else:
         shards, parts = pack_shards(mlps, tuple(packed.values()), mesh=mesh)
         mlps = [mlp if new is None else new for mlp, new in zip(mlps, shards, strict=True)]
-    found |= dict(zip(packed, parts, strict=True)) | _ordered_experts(params, found, mesh)
-    names = [f"layer_{i}" for i in packed]
-    layers = {name: {**params[name], "mlp": mlp} for name, mlp in zip(names, mlps, strict=True)}
+    layers = {
+        f"layer_{i}": {**params[f"layer_{i}"], ffn_name(found[i]): mlp}
+        for i, mlp in zip(packed, mlps, strict=True)
+    }
+    done = dict(zip(packed, parts, strict=True))
+    found |= _ordered_experts(params, found, mesh)
+    found = {i: with_unrouted(part, done.get(i)) for i, part in found.items()}
     dims = [layer.mlp_dim for layer in config.layers]
     for i, part in zip(packed, parts, strict=True):
         dims[i] = part.evaluated
     return {**params, **layers}, config.with_mlp_dims(tuple(dims)), tuple(found.values())
+
+
+def _packable(partitions: dict[int, Partition]) -> dict[int, ChannelPartition]:
+    """By layer, the partitions of what every token uses."""
+    every = {i: unrouted(part) for i, part in partitions.items()}
+    return {i: part for i, part in every.items() if part is not None}
 
 
 def _ordered_experts(
@@ -154,17 +167,14 @@ def _last_norms(downs: list[jax.Array], candidates: list[jax.Array]) -> list[jax
 def _indexed(params: Params, config: ModelConfig, partitions: Partitions) -> Partitions:
     """The partitions as decoding by index wants them; of all channels, the weights as they are."""
     found = dict(enumerate(partitions))
-    found |= _ordered_experts(params, found, None)
-    parts: list[Partition] = []
-    for i, (part, layer) in enumerate(zip(found.values(), config.layers, strict=True)):
-        if isinstance(part, ExpertPartition):
-            parts.append(part)
-            continue
-        part = _with_norms(part, params[f"layer_{i}"]["mlp"]["down"])
-        if not keeps_order(part, layer.mlp_dim):
+    parts = _packable(found)
+    for i, part in parts.items():
+        part = _with_norms(part, params[f"layer_{i}"][ffn_name(found[i])]["down"])
+        if not keeps_order(part, config.layers[i].mlp_dim):
             part = dataclasses.replace(part, packed=True, indexed=True)
-        parts.append(part)
-    return tuple(parts)
+        parts[i] = part
+    found |= _ordered_experts(params, found, None)
+    return tuple(with_unrouted(part, parts.get(i)) for i, part in found.items())
 
 
 @jax.jit
@@ -190,7 +200,8 @@ def as_matrices(params: Params, config: ModelConfig) -> Params:
 
 def tiled_placer(place: Callable[[str, Any], jax.Array]) -> Callable[[str, Any], jax.Array]:
     """`place(path, array)` that first makes FFN matrices tiles, as `as_tiles` does."""
-    return lambda path, array: place(path, _tiles(array) if "/mlp/" in path else array)
+    ffns = ("/mlp/", "/shared/")
+    return lambda path, array: place(path, _tiles(array) if any(f in path for f in ffns) else array)
 
 
 def _tiles(w: Any) -> Any:
@@ -203,6 +214,10 @@ def _tiles(w: Any) -> Any:
 def _reformed(
     params: Params, config: ModelConfig, form: Callable[[jax.Array], jax.Array]
 ) -> Params:
-    names = [f"layer_{i}" for i, layer in enumerate(config.layers) if layer.moe is None]
-    mlps = {name: {key: form(w) for key, w in params[name]["mlp"].items()} for name in names}
-    return {**params, **{name: {**params[name], "mlp": mlp} for name, mlp in mlps.items()}}
+    layers = {}
+    for i, layer in enumerate(config.layers):
+        name, ffn = f"layer_{i}", "mlp" if layer.moe is None else "shared"
+        if ffn in params[name]:
+            mlp = {key: form(w) for key, w in params[name][ffn].items()}
+            layers[name] = {**params[name], ffn: mlp}
+    return {**params, **layers}

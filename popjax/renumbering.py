@@ -3,7 +3,8 @@
 Inside, indices count from the start of their shard, and arrays are those of the shards one after
 the other: each device finds its own at its place. What callers give and get counts all F channels,
 as a run on one device does, so that the one replays on the other. Experts are whole on one device,
-so their partitions only lie apart; of a token's experts each device masks those that it holds.
+so their partitions only lie apart; of a token's experts each device masks those that it holds, and
+what every token uses beside them is split as any FFN.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from popjax import sharding
 from popjax.config import LayerConfig, ModelConfig
 from popjax.expert_partition import ExpertPartition
-from popjax.sparsity import ChannelPartition, Partition, Partitions
+from popjax.sparsity import ChannelPartition, Partition, Partitions, unrouted, with_unrouted
 
 Masks = tuple[jax.Array, ...]
 
@@ -33,15 +34,17 @@ def to_shards(
     pairs = enumerate(zip(partitions, config.layers, strict=True))
     shards = sharding.shard_count(mesh)
     parts = tuple(
-        part
-        if isinstance(part, ExpertPartition)
-        else _by_shard(i, part, y.mlp_dim // shards, shards)
+        with_unrouted(part, _by_shard(i, unrouted(part), y.mlp_dim // shards, shards))
         for i, (part, y) in pairs
     )
     return sharding.placed(parts, "F", mesh)
 
 
-def _by_shard(i: int, part: ChannelPartition, width: int, shards: int) -> ChannelPartition:
+def _by_shard(
+    i: int, part: ChannelPartition | None, width: int, shards: int
+) -> ChannelPartition | None:
+    if part is None:
+        return None
     sets = {"retained": np.asarray(part.retained), "candidate": np.asarray(part.candidate)}
     for name, indices in sets.items():
         counts = np.bincount(indices // width, minlength=shards)
@@ -67,15 +70,17 @@ def from_shards(
         return partitions
     shards = sharding.shard_count(mesh)
     pairs = zip(partitions, config.layers, strict=True)
-    return tuple(
-        jax.tree.map(lambda leaf: jnp.asarray(sharding.fetched(leaf)), part)
-        if isinstance(part, ExpertPartition)
-        else _over_all(part, layer.mlp_dim // shards, shards)
+    parts = (
+        with_unrouted(part, _over_all(unrouted(part), layer.mlp_dim // shards, shards))
         for part, layer in pairs
     )
+    # Experts may still lie on the mesh.
+    return jax.tree.map(lambda leaf: jnp.asarray(sharding.fetched(leaf)), tuple(parts))
 
 
-def _over_all(part: ChannelPartition, width: int, shards: int) -> ChannelPartition:
+def _over_all(part: ChannelPartition | None, width: int, shards: int) -> ChannelPartition | None:
+    if part is None:
+        return None
     starts = (np.arange(shards, dtype=np.int32) * width)[:, None]
 
     def counted(indices: jax.Array) -> jax.Array:
@@ -98,12 +103,14 @@ def masks_to_shards(
     shards = sharding.shard_count(mesh)
     by_shard = []
     for i, (mask, part, layer) in enumerate(zip(masks, partitions, config.layers, strict=True)):
-        if isinstance(part, ExpertPartition):
-            by_shard.append(np.tile(np.asarray(mask), shards))
-            continue
-        mask = np.asarray(mask)[..., np.argsort(_order(part, layer, shards))]
-        by_shard.append(mask)
-        counts = mask.reshape(*mask.shape[:-1], shards, -1).sum(axis=-1).reshape(-1, shards)
+        routed, split = _columns(part)
+        of_experts, mask = np.split(np.asarray(mask), [routed], axis=-1)
+        if split is not None:
+            mask = mask[..., np.argsort(_order(split, layer, shards))]
+        mask = _apart(mask, shards)
+        copies = np.repeat(of_experts[..., None, :], shards, axis=-2)
+        by_shard.append(_side_by_side(np.concatenate([copies, mask], axis=-1)))
+        counts = mask.sum(axis=-1).reshape(-1, shards)
         uneven = counts[np.any(counts != counts[:, :1], axis=1)]
         if uneven.size:
             raise ValueError(
@@ -121,20 +128,34 @@ def masks_from_shards(
         return masks
     shards, found = sharding.shard_count(mesh), []
     for mask, part, layer in zip(masks, partitions, config.layers, strict=True):
-        held = sharding.fetched(mask)
-        if isinstance(part, ExpertPartition):
-            held = held.reshape(*held.shape[:-1], shards, -1).any(axis=-2)
-        else:
-            held = held[..., _order(part, layer, shards)]
-        found.append(jnp.asarray(held))
+        routed, split = _columns(part)
+        of_experts, held = np.split(_apart(sharding.fetched(mask), shards), [routed], axis=-1)
+        held = _side_by_side(held)
+        if split is not None:
+            held = held[..., _order(split, layer, shards)]
+        found.append(jnp.asarray(np.concatenate([of_experts.any(axis=-2), held], axis=-1)))
     return tuple(found)
+
+
+def _columns(part: Partition) -> tuple[int, ChannelPartition | None]:
+    """How many of a mask's first columns are of experts, and whose channels the others are."""
+    return part.routed if isinstance(part, ExpertPartition) else 0, unrouted(part)
+
+
+def _apart(mask: np.ndarray, shards: int) -> np.ndarray:
+    """Columns [..., n] of all shards as [..., shards, n / shards]."""
+    return mask.reshape(*mask.shape[:-1], shards, mask.shape[-1] // shards)
+
+
+def _side_by_side(mask: np.ndarray) -> np.ndarray:
+    """Inverse of `_apart`."""
+    return mask.reshape(*mask.shape[:-2], mask.shape[-2] * mask.shape[-1])
 
 
 def mask_columns(part: Partition, mesh: Mesh | None) -> int:
     """Columns of a step's mask as a run holds it: of experts every shard has all of a token's."""
-    if mesh is None or not isinstance(part, ExpertPartition):
-        return part.evaluated
-    return part.evaluated * sharding.shard_count(mesh)
+    copies = 0 if mesh is None else sharding.shard_count(mesh) - 1
+    return part.evaluated + (part.routed * copies if isinstance(part, ExpertPartition) else 0)
 
 
 def _order(part: ChannelPartition, layer: LayerConfig, shards: int) -> np.ndarray:

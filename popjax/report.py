@@ -18,15 +18,15 @@ from popjax.config import ModelConfig
 from popjax.depth.applied import without_others
 from popjax.depth.report import DepthReport, depth_report
 from popjax.expert_partition import ExpertPartition
-from popjax.sparsity import Params, Partitions
+from popjax.sparsity import Params, Partitions, unrouted
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """Channels of one layer, and bytes of FFN weights a token reads there, dense and now.
 
-    Of a layer with experts: those of the experts that a token is routed to, without what every
-    token uses beside them.
+    Of a layer with experts: those of the experts that a token is routed to, with what every token
+    uses beside them only where that is pruned too.
     """
 
     channels: int
@@ -133,15 +133,19 @@ def layer_reports(
         if partition is None:
             reports.append(LayerReport(channels, channels, 0, channels, dense, dense))
             continue
-        part = partition[i]
+        part, read = partition[i], 0
+        alone = unrouted(part)
         if isinstance(part, ExpertPartition):
             # Only the CPU kernels leave rows of an expert unread; they read all of R u C.
             read = rows_read(part) * channel if by_index else dense
-        else:
-            down = part.active if only_chosen else part.evaluated
-            read = part.evaluated * (channel - row) + down * row
-        counts = (layer.routed * part.num_retained, layer.routed * part.num_candidate, part.active)
-        reports.append(LayerReport(channels, *counts, dense, read))
+        retained, candidate = layer.routed * part.num_retained, layer.routed * part.num_candidate
+        if alone is not None:
+            down = alone.active if only_chosen else alone.evaluated
+            read += alone.evaluated * (channel - row) + down * row
+        if alone is not None and alone is not part:
+            retained, candidate = retained + alone.num_retained, candidate + alone.num_candidate
+            channels, dense = channels + layer.mlp_dim, dense + layer.mlp_dim * channel
+        reports.append(LayerReport(channels, retained, candidate, part.active, dense, read))
     return tuple(reports)
 
 

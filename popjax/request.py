@@ -17,6 +17,7 @@ from popjax.context import Context
 from popjax.depth import DepthMethod
 from popjax.eviction import KvMethod
 from popjax.eviction.evict import check_model
+from popjax.expert_partition import ExpertPartition
 from popjax.generate import Masks, Options
 from popjax.methods import Method, check_evaluated
 from popjax.sampling import SamplingConfig
@@ -173,11 +174,18 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
         if request.masks is not None:
             raise ValueError("masks were given without a partition: give the partition they index")
         return
-    undecided = any(part.k_selected < part.num_candidate for part in request.partition)
+    besides = [p.shared for p in request.partition if isinstance(p, ExpertPartition) and p.shared]
+    decided = (*request.partition, *besides)
+    undecided = any(part.k_selected < part.num_candidate for part in decided)
     if type(method).selection is Method.selection and undecided and request.masks is None:
         raise ValueError(
             f"the partition leaves candidates to choose, which {type(method).__name__} cannot: "
             "give a method that masks, or masks, or a partition whose k_selected is all candidates"
+        )
+    if besides and type(method) is not Method and type(method.beside()) is Method:
+        raise ValueError(
+            f"the partition prunes what every token uses beside experts, which {method} leaves "
+            "dense: give shared='pruned' as in the run that made it, or partitions without `shared`"
         )
     if request.masks is None:
         return

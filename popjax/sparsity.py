@@ -89,13 +89,13 @@ def warn_of_rounding(config: ModelConfig, ratio: float, delta: float, granularit
             return
 
 
-def ffn_ratio(config: ModelConfig, model_ratio: float) -> float:
+def ffn_ratio(config: ModelConfig, model_ratio: float, shared: bool = False) -> float:
     """FFN ratio r that prunes the share `model_ratio` of attention plus FFN parameters.
 
     r = PR (A + F) / F with A and F the attention and FFN parameters of the layers, embeddings and
     norms excluded; reproduces Table 8 of arXiv 2602.06822. Of a mixture F are the experts that a
-    token is routed to, neither the router nor what every token uses. Raises ValueError where r
-    exceeds 1.
+    token is routed to, not the router, and what every token uses only where that is pruned too
+    (`shared`, [inferred]). Raises ValueError where r exceeds 1.
     """
     attention = sum(
         2 * config.embed_dim * layer.head_dim * (layer.num_heads + layer.num_kv_heads)
@@ -103,6 +103,8 @@ def ffn_ratio(config: ModelConfig, model_ratio: float) -> float:
     )
     width = config.mlp_matrices * config.embed_dim
     ffn = sum(width * layer.routed * layer.channels for layer in config.layers)
+    if shared:
+        ffn += sum(width * layer.mlp_dim for layer in config.layers if layer.moe is not None)
     ratio = model_ratio * (attention + ffn) / ffn
     if ratio > 1:
         raise ValueError(
@@ -178,6 +180,25 @@ Partition = ChannelPartition | ExpertPartition
 Partitions = tuple[Partition, ...]
 
 
+def unrouted(part: Partition) -> ChannelPartition | None:
+    """The part of a layer's partition that is of the FFN that every token uses."""
+    return part.shared if isinstance(part, ExpertPartition) else part
+
+
+def with_unrouted(part: Partition, other: ChannelPartition | None) -> Partition:
+    """The partition with another of the FFN that every token uses; with None as it is."""
+    if other is None:
+        return part
+    if isinstance(part, ExpertPartition):
+        return dataclasses.replace(part, shared=other)
+    return other
+
+
+def ffn_name(part: Partition) -> str:
+    """Where a layer of such a partition holds the FFN that every token uses."""
+    return "shared" if isinstance(part, ExpertPartition) else "mlp"
+
+
 @struct.dataclass
 class Plan:
     """What a method decided for a prompt: one partition a layer, or None for dense."""
@@ -227,9 +248,22 @@ def checked_partitions(partitions: Sequence[Partition], config: ModelConfig) -> 
 
 def _checked_partition(i: int, part: Partition, layer: LayerConfig) -> Partition:
     if layer.moe is not None:
-        return checked_experts(i, part, layer)
+        checked = checked_experts(i, part, layer)
+        if not isinstance(part, ExpertPartition) or part.shared is None:
+            return checked
+        if not layer.mlp_dim:
+            raise ValueError(
+                f"partition of layer {i} has a part for an FFN that every token uses, and the "
+                "layer has only experts: make its `shared` None"
+            )
+        beside = _checked_channels(i, part.shared, layer)
+        return dataclasses.replace(checked, shared=beside)
     if isinstance(part, ExpertPartition):
         raise ValueError(f"partition of layer {i} is one of experts, and the layer has none")
+    return _checked_channels(i, part, layer)
+
+
+def _checked_channels(i: int, part: ChannelPartition, layer: LayerConfig) -> ChannelPartition:
     sets = [np.asarray(part.retained), np.asarray(part.candidate)]
     if any(indices.ndim != 1 for indices in sets):
         raise ValueError(

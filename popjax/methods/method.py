@@ -116,6 +116,10 @@ class Method:
         """How a layer's candidates are chosen at every step; None: all channels are on."""
         return None
 
+    def beside(self) -> Method:
+        """The method of the FFN that every token uses beside experts: dense unless overridden."""
+        return Method()
+
     def expert_selection(self) -> dict[str, bool]:
         """How candidates of experts are chosen: see `nn.expert_masks.expert_mask`."""
         return {"weighted": True, "shared": False}

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
 from popjax.methods.experts import ExpertActs, ExpertRules, expert_scores, partition_of
@@ -26,11 +28,13 @@ from popjax.sparsity import (
     Plan,
     channel_budget,
     ffn_ratio,
+    partition_by_rank,
     warn_of_rounding,
 )
 
 PREFILLS = ("partition", "dense", "probe")
 BANDS = ("half", "full")
+BESIDE = ("dense", "pruned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,8 @@ class OnlinePruning(Method):
     batch_shared: one step mask for the batch, the paper's protocol; per row by default.
     Of mixtures: expert_weighting lets a token count in an expert's scores by its router weight;
       experts with fewer than min_tokens prompt tokens are ranked by their weights alone, or left
-      whole, as `unseen` says (`methods.experts`, all [inferred]).
+      whole, as `unseen` says (`methods.experts`, all [inferred]). shared: the FFN that every token
+      uses beside them stays "dense", as the paper's ratios imply, or is "pruned" as any other.
     The partition is always shared by the batch, since packed weights are: it is computed from the
     non-pad tokens of all rows. Raises ValueError for values outside their range.
     """
@@ -63,6 +68,7 @@ class OnlinePruning(Method):
     expert_weighting: bool = False
     min_tokens: int = 1
     unseen: str = "weights"
+    shared: str = "dense"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.model_ratio is None):
@@ -79,10 +85,15 @@ class OnlinePruning(Method):
                 f"granularity {self.granularity!r} is not a whole number above 0: use 1, or 128 "
                 "for lanes"
             )
-        for name, allowed in (("prefill", PREFILLS), ("score", SCORES), ("band", BANDS)):
+        kinds = {"prefill": PREFILLS, "score": SCORES, "band": BANDS, "shared": BESIDE}
+        for name, allowed in kinds.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {allowed}")
         ExpertRules(self.min_tokens, self.unseen)
+
+    @property
+    def _rules(self) -> ExpertRules:
+        return ExpertRules(self.min_tokens, self.unseen)
 
     @property
     def delta(self) -> float:
@@ -90,7 +101,7 @@ class OnlinePruning(Method):
 
     def for_model(self, config: ModelConfig) -> OnlinePruning:
         if self.model_ratio is not None:
-            ratio = ffn_ratio(config, self.model_ratio)
+            ratio = ffn_ratio(config, self.model_ratio, shared=self.shared == "pruned")
             return dataclasses.replace(self, ratio=ratio, model_ratio=None).for_model(config)
         assert self.ratio is not None, "one of the two is given"
         if self.prefill == "probe" and any(layer.moe for layer in config.layers):
@@ -98,9 +109,25 @@ class OnlinePruning(Method):
                 "online-pruning with prefill='probe' scores a part of the prompt, which leaves "
                 "most experts of a mixture without tokens: use prefill='partition' or 'dense'"
             )
+        if self.shared == "pruned":
+            self._check_beside(config)
         if self.granularity > 1:
             warn_of_rounding(config, self.ratio, self.delta, self.granularity)
         return self
+
+    def _check_beside(self, config: ModelConfig) -> None:
+        widths = {i: y.mlp_dim for i, y in enumerate(config.layers) if y.moe and y.mlp_dim}
+        if not widths:
+            raise ValueError(
+                f"shared 'pruned' is of an FFN that every token uses beside experts, and this "
+                f"{config.family} model has none: leave shared='dense'"
+            )
+        empty = [i for i, width in widths.items() if not self.budget(width).evaluated]
+        if empty:
+            raise ValueError(
+                f"{self} leaves no channel of the {widths[empty[0]]} that every token uses in "
+                f"layer {empty[0]}: lower the ratio"
+            )
 
     def budget(self, mlp_dim: int) -> ChannelBudget:
         assert self.ratio is not None, "for_model() resolves model_ratio"
@@ -115,7 +142,7 @@ class OnlinePruning(Method):
 
     def observe(self, params: Params, acts: LayerActs | ExpertActs) -> Any:
         if isinstance(acts, ExpertActs):
-            return expert_scores(params, acts, self.score, self.expert_weighting)
+            return expert_scores(params, acts, self.score, self.expert_weighting, self._rules)
         if self.prefill == "probe":
             acts = probe_acts(params, acts)
         return channel_scores(params, acts, self.score)
@@ -130,8 +157,14 @@ class OnlinePruning(Method):
         return Plan(tuple(self._partition(statistic, layer) for statistic, layer in pairs))
 
     def _partition(self, statistic: Any, layer: LayerConfig) -> Partition:
-        rules = ExpertRules(self.min_tokens, self.unseen)
-        return partition_of(statistic, layer, self.budget(layer.channels), rules)
+        part = partition_of(statistic, layer, self.budget(layer.channels), self._rules)
+        if isinstance(part, ChannelPartition) or not jax.tree.leaves(statistic.shared):
+            return part
+        beside = partition_by_rank(statistic.shared, self.budget(layer.mlp_dim))
+        return dataclasses.replace(part, shared=beside)
+
+    def beside(self) -> Method:
+        return self if self.shared == "pruned" else Method()
 
     def selection(self, partition: ChannelPartition) -> Selection | None:
         return partition.selection(weighted=self.score != "activation", shared=self.batch_shared)

@@ -7,6 +7,7 @@ tokens; its output is that of its own experts and channels, to be summed over sh
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,12 +18,12 @@ import jax.numpy as jnp
 from kernels_pallas.masked_mlp import NATIVE
 from popjax.config import LayerConfig, ModelConfig, MoeConfig
 from popjax.expert_partition import ExpertPartition
-from popjax.methods.experts import ExpertActs
+from popjax.methods.experts import ExpertActs, ExpertStatistic
 from popjax.methods.method import Method
 from popjax.nn import moe as mixture
 from popjax.nn.expert_masks import expert_mask, over_channels
 from popjax.nn.layers import Mlp, declare
-from popjax.sparsity import Params
+from popjax.sparsity import ChannelPartition, Params, unrouted, whole_partition
 
 # The CPU kernels read a list of rows for each token, however many name the same expert: beyond so
 # many pairs an expert, sorting them is faster.
@@ -53,14 +54,15 @@ class Moe(nn.Module):
         """FFN output [B, T, D] of prompt tokens and the method's statistic; see `Mlp.prefill`."""
         weights = self._weights()
         acts = ExpertActs(*self._routed(x, valid), weights, self.config.activation)
-        statistic = self.method.observe(weights, acts)
+        statistic, beside = self.method.observe(weights, acts), None
+        if self.shared is not None:
+            beside, seen = self.shared.prefill(x, residual, valid, self._given_beside(given))
+            if isinstance(statistic, ExpertStatistic):
+                statistic = dataclasses.replace(statistic, shared=seen)
         part = self.method.prefill_partition(statistic, self.layer, given)
         kept = None if part is None or part.in_order else part.kept()
         y = acts.output(kept).reshape(x.shape)
-        if self.shared is not None:
-            beside, _ = self.shared.prefill(x, residual, valid, None)
-            y = y + self._gated(x, beside)
-        return y, statistic
+        return y if beside is None else y + self._gated(x, beside), statistic
 
     def decode(
         self,
@@ -69,19 +71,23 @@ class Moe(nn.Module):
         part: ExpertPartition | None,
         recorded: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """FFN output [B, T, D] of new tokens and the mask [B, T, k W] used (None: all on).
+        """FFN output [B, T, D] of new tokens and the mask [B, T, k W + S] used (None: all on).
 
-        `recorded` [B, T, k W] replaces the mask that the method would choose.
+        S are the evaluated channels of `part.shared`, none without it. `recorded` replaces the mask
+        that the method would choose.
         """
         flat, routes = self._routed(x, valid)
         listed = self._lists_rows(routes)
         work = self._listed if listed else self._ragged
-        y, mask = work(flat, routes, part, _by_expert(recorded, self._moe), x.shape[:2])
+        of_experts, of_shared = _split(recorded, part, self._moe)
+        y, mask = work(flat, routes, part, of_experts, x.shape[:2])
         y = y.reshape(x.shape)
-        if self.shared is not None:
-            beside, _ = self.shared.decode(x, valid, None, None)
-            y = y + self._gated(x, beside)
-        return y, None if mask is None else mask.reshape(*x.shape[:2], -1)
+        mask = None if mask is None else mask.reshape(*x.shape[:2], -1)
+        if self.shared is None:
+            return y, mask
+        kept = None if part is None else part.shared
+        beside, other = self.shared.decode(x, valid, kept, of_shared)
+        return y + self._gated(x, beside), _joined(mask, other, part, x.shape[:2])
 
     @property
     def _moe(self) -> MoeConfig:
@@ -99,6 +105,12 @@ class Moe(nn.Module):
             first = jax.lax.axis_index(self.shards).astype(jnp.int32) * self._moe.here
         options = (self._moe, valid.reshape(-1), first, self.implementation)
         return flat, mixture.route(flat, self.router, *options)
+
+    def _given_beside(self, given: ExpertPartition | None) -> ChannelPartition | None:
+        """What a given partition says of `shared`, which it may leave whole."""
+        if given is None or given.shared is not None:
+            return None if given is None else given.shared
+        return unrouted(whole_partition(dataclasses.replace(self.layer, moe=None)))
 
     def _gated(self, x: jax.Array, y: jax.Array) -> jax.Array:
         if not self._moe.shared_gate:
@@ -178,6 +190,27 @@ class Moe(nn.Module):
         return mask & (experts < self._moe.here)[..., None]
 
 
-def _by_expert(mask: jax.Array | None, moe: MoeConfig) -> jax.Array | None:
-    """A recorded mask [B, T, k W] as [B, T, k, W]."""
-    return None if mask is None else mask.reshape(*mask.shape[:2], moe.top_k, -1)
+def _split(
+    mask: jax.Array | None, part: ExpertPartition | None, moe: MoeConfig
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """A recorded mask [B, T, k W + S] as those of experts [B, T, k, W] and [B, T, S] of shared."""
+    if mask is None:
+        return None, None
+    assert part is not None, "masks come with the partition that they index"
+    of_experts = mask[:, :, : part.routed].reshape(*mask.shape[:2], moe.top_k, -1)
+    return of_experts, None if part.shared is None else mask[:, :, part.routed :]
+
+
+def _joined(
+    mask: jax.Array | None,
+    other: jax.Array | None,
+    part: ExpertPartition | None,
+    rows: tuple[int, ...],
+) -> jax.Array | None:
+    """Inverse of `_split`, of masks [B, T, k W] and [B or 1, T, S]; None: all on."""
+    if part is None or part.shared is None or (mask is None and other is None):
+        return mask
+    masks = ((mask, part.routed), (other, part.shared.evaluated))
+    every = [jnp.bool_(True) if held is None else held for held, _ in masks]
+    wide = [jnp.broadcast_to(m, (*rows, n)) for m, (_, n) in zip(every, masks, strict=True)]
+    return jnp.concatenate(wide, axis=-1)

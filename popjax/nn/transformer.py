@@ -116,8 +116,9 @@ class Block(nn.Module):
             self.mlp = Mlp(self.config, self.layer, self.method, *place)
         else:
             if self.layer.mlp_dim:
-                # What every token uses stays dense.
-                self.shared = Mlp(self.config, self.layer, Method(), *place)
+                # To its method what every token uses is an FFN as of any layer without experts.
+                alone = dataclasses.replace(self.layer, moe=None)
+                self.shared = Mlp(self.config, alone, self.method.beside(), *place)
             beside = self.shared if self.layer.mlp_dim else None
             self.moe = Moe(self.config, self.layer, self.method, *place, beside)
         self.ffn = self.mlp if self.layer.moe is None else self.moe

@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
     "online": OnlinePruning(ratio=0.5, gamma=0.3),
     "online-dense": OnlinePruning(ratio=0.5, gamma=0.3, prefill="dense"),
     "online-probe": OnlinePruning(ratio=0.5, gamma=0.3, prefill="probe"),
+    "online-shared": OnlinePruning(ratio=0.5, gamma=0.3, shared="pruned"),
     "frozen": Frozen(0.5),
     "rescore": RescoreAll(0.5),
     "griffin": Griffin(0.5),
@@ -52,7 +53,8 @@ METHODS |= {name: METHODS[name.removesuffix("/xla")] for name in XLA}
 NEW = 12
 NEVER = (VOCAB,)  # an end token that is not in the vocabulary
 EVERYTHING = Options(logits=True, record_masks=True)
-VARIANTS = ("online-dense", "online-probe")
+ONLINE = ("online", "online-shared")
+VARIANTS = ("online-dense", "online-probe", "online-shared")
 PAIRS = [
     (family, name)
     for family in CONFIGS
@@ -61,10 +63,12 @@ PAIRS = [
 ]
 # Which tokens an expert sees is a method's business: a part of a prompt does not show it.
 PAIRS.remove(("qwen2_moe", "online-probe"))
+# Only this family has an FFN beside its experts.
+PAIRS = [pair for pair in PAIRS if pair[0] == "qwen2_moe" or pair[1] != "online-shared"]
 PRUNED = [pair for pair in PAIRS if not pair[1].startswith("dense")]
-REPLAYED = [pair for pair in PRUNED if pair[0] == "llama" or pair[1] == "online"]
-MASKED = [pair for pair in PAIRS if pair[1] in ("online", "rescore")]
-SCORED = [pair for pair in PAIRS if pair[0] == "llama" or pair[1] == "online"]
+REPLAYED = [pair for pair in PRUNED if pair[0] == "llama" or pair[1] in ONLINE]
+MASKED = [pair for pair in PAIRS if pair[1] in (*ONLINE, "rescore")]
+SCORED = [pair for pair in PAIRS if pair[0] == "llama" or pair[1] in ONLINE]
 # One method a newer family.
 FEWER = [pair for pair in PAIRS if pair[0] not in NEWER or pair[1] in ("dense", "online")]
 # Families differ in attention and methods in the FFN, so these pairs show what any other would;
@@ -74,7 +78,7 @@ TELLING = [
     for family, name in PAIRS
     if (family == "llama" and name != "griffin/xla")
     or (family, name) == ("qwen2_moe", "online/xla")
-    or name == "online"
+    or name in ONLINE
     or (name == "dense" and family not in ("llama3", *NEWER))
 ]
 
@@ -162,18 +166,24 @@ def test_counts_are_those_asked_for(family: str, name: str) -> None:
     assert result.partition is not None
     layers = zip(result.partition, masks_of(result), config_of(family).layers, strict=True)
     for part, mask, layer in layers:
-        method = METHODS[name]
-        if isinstance(method, OnlinePruning):
-            asked = channel_budget(layer.channels, 0.5, 0.15)
-        elif isinstance(method, RescoreAll):
-            asked = ChannelBudget(0, layer.channels, layer.channels // 2)
-        else:
-            asked = channel_budget(layer.channels, 0.5)
+        asked = asked_of(METHODS[name], layer.channels)
         found = (part.num_retained, part.num_candidate, part.k_selected)
         assert found == (asked.retained, asked.candidate, asked.k_selected)
         assert mask.shape == (NEW - 1, len(PROMPTS), part.evaluated)
-        assert part.evaluated == layer.routed * asked.evaluated
-        assert (mask.sum(axis=-1) == layer.routed * (layer.channels // 2)).all()
+        evaluated, active = (layer.routed * n for n in (asked.evaluated, layer.channels // 2))
+        if name == "online-shared":
+            evaluated += asked_of(METHODS[name], layer.mlp_dim).evaluated
+            active += layer.mlp_dim // 2
+        assert part.evaluated == evaluated
+        assert (mask.sum(axis=-1) == active).all()
+
+
+def asked_of(method: Method, mlp_dim: int) -> ChannelBudget:
+    if isinstance(method, OnlinePruning):
+        return channel_budget(mlp_dim, 0.5, 0.15)
+    if isinstance(method, RescoreAll):
+        return ChannelBudget(0, mlp_dim, mlp_dim // 2)
+    return channel_budget(mlp_dim, 0.5)
 
 
 @over(MASKED)

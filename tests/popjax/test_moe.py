@@ -134,7 +134,11 @@ def test_an_expert_is_scored_by_the_tokens_routed_to_it(gate_weighted: bool) -> 
     }
     np.testing.assert_allclose(found.scores, np.sqrt(squares) * norms["down"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(np.asarray(found.tokens) ** 2, counts, rtol=1e-6)
-    wanted = norms["gate"] * norms["up"] * norms["down"]
+    # Weights speak for experts that too few tokens went to.
+    assert counts.min() < 7 <= counts.max()
+    few = dataclasses.replace(method, min_tokens=7)
+    found = few.observe(WEIGHTS, ExpertActs(x, routes, WEIGHTS, "silu"))
+    wanted = norms["gate"] * norms["up"] * norms["down"] * (counts < 7)[:, None]
     np.testing.assert_allclose(found.weights, wanted, rtol=1e-5)
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from popjax import sharding
+from popjax.expert_partition import ExpertPartition
 from popjax.generate import Options
 from popjax.methods import OnlinePruning
 from popjax.run import Request, run
+from popjax.sparsity import channel_budget
 from tests.popjax.tiny_models import PROMPTS, logit_tolerance
 from tests.sharding.meshes import case, config_of, mesh_of_shape
 
@@ -66,3 +68,33 @@ def test_experts_that_the_devices_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"E = 6 \(experts of layer 0\) is not a multiple of 4"):
         mesh = mesh_of_shape({"model": 4})
         sharding.validate(dataclasses.replace(config, layers=layers), mesh)
+
+
+def test_what_every_token_uses_is_split_and_pruned_by_shard() -> None:
+    config, params, spread = case("qwen2_moe", "model=2")
+    method = dataclasses.replace(ONLINE, shared="pruned")
+    request = Request(BATCH, NEW, method=method, options=RECORDED)
+    together = run(spread, config, request)
+    partition, masks = together.partition, together.masks
+    assert partition is not None and masks is not None
+    part = partition[0]
+    assert isinstance(part, ExpertPartition) and part.shared is not None
+    F = config.layers[0].mlp_dim
+    half = channel_budget(F // 2, 0.5, 0.25)
+    assert (part.shared.evaluated, part.shared.k_selected) == (
+        2 * half.evaluated,
+        2 * half.k_selected,
+    )
+    assert masks[0].shape[-1] == part.evaluated == part.routed + part.shared.evaluated
+    for shard in (0, 1):
+        there = np.asarray(part.shared.retained) // (F // 2) == shard
+        assert there.sum() == half.retained
+    replay = dataclasses.replace(request, partition=partition, masks=masks)
+    for held in (params, spread):
+        replayed = run(held, config, replay)
+        np.testing.assert_array_equal(replayed.tokens, together.tokens)
+        for mine, other in zip(replayed.masks or (), masks, strict=True):
+            np.testing.assert_array_equal(mine, other)
+        logits = np.asarray(together.logits)
+        tolerance = logit_tolerance(config, logits)
+        np.testing.assert_allclose(np.asarray(replayed.logits), logits, rtol=0, atol=tolerance)

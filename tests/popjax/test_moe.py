@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import checkpoints
 from checkpoints import CheckpointError
 from popjax import loading
+from popjax.cli import app
 from popjax.config import MoeConfig, from_json, to_json
 from popjax.expert_partition import ExpertPartition
 from popjax.families import FAMILIES
@@ -302,6 +305,13 @@ def test_dense_layers_that_are_no_list_are_refused() -> None:
     raw = {"num_hidden_layers": 2, "mlp_only_layers": 1}
     with pytest.raises(ValueError, match="mlp_only_layers 1 .* is not a list"):
         dense_layers(raw)
+
+
+def test_inspect_says_how_many_experts_there_are(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", saved(tmp_path), "--json"])
+    sizes = json.loads(result.stdout)["sizes"]
+    found = [sizes[name] for name in ("expert_layers", "num_experts", "top_k", "expert_dim")]
+    assert found == [1, 8, 3, 24]
 
 
 def test_top_k_above_the_experts_of_a_file_is_refused(tmp_path: Path) -> None:

@@ -187,15 +187,19 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
             f"the partition prunes what every token uses beside experts, which {method} leaves "
             "dense: give shared='pruned' as in the run that made it, or partitions without `shared`"
         )
-    if request.masks is None:
-        return
-    if len(request.masks) != config.num_layers:
+    if request.masks is not None:
+        _check_masks(request, request.partition, request.masks, config)
+
+
+def _check_masks(
+    request: Request, partition: Partitions, masks: Masks, config: ModelConfig
+) -> None:
+    if len(masks) != config.num_layers:
         raise ValueError(
-            f"masks have {len(request.masks)} layers, the model has {config.num_layers}: "
-            "give one each"
+            f"masks have {len(masks)} layers, the model has {config.num_layers}: give one each"
         )
-    steps = np.shape(request.masks[0])[:1]
-    for i, (mask, part) in enumerate(zip(request.masks, request.partition, strict=True)):
+    steps = np.shape(masks[0])[:1]
+    for i, (mask, part) in enumerate(zip(masks, partition, strict=True)):
         want = (*steps, len(request.prompts), part.evaluated)
         if not isinstance(mask, np.ndarray | jax.Array) or mask.dtype != bool:
             held = getattr(mask, "dtype", type(mask).__name__)

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from popjax import abstract_run
 from popjax.config import ModelConfig
 from popjax.expert_partition import ExpertPartition
 from popjax.generate import Options
 from popjax.methods import Frozen, Method, OnlinePruning
-from popjax.packing import as_matrices, as_tiles
+from popjax.nn.transformer import Inputs
+from popjax.packing import as_matrices, as_tiles, pack
 from popjax.report import bytes_per_token, layer_reports
 from popjax.run import Request, RunResult, run
 from popjax.sparsity import ChannelPartition, channel_budget, ffn_ratio
@@ -162,3 +164,18 @@ def test_its_rows_are_fetched_by_index_where_kernels_do_that() -> None:
     assert indexed.tokens.tolist() == packed.tokens.tolist()
     for mask, other in zip(indexed.masks or (), packed.masks or (), strict=True):
         np.testing.assert_array_equal(mask, other)
+
+
+def test_what_is_compiled_for_chips_has_the_shapes_of_a_run() -> None:
+    place = abstract_run.Place.of(CONFIG, jax.devices()[:1])
+    params = place.params(CONFIG, jnp.float32)
+    tokens = jnp.zeros((len(PROMPTS), 32), jnp.int32)
+    inputs = place.abstract(Inputs(tokens, tokens), "")
+    static = {"config": CONFIG, "method": PRUNED, "capacity": 64}
+    outputs = abstract_run.outputs_of(place, params, inputs, static)
+    params, config, parts = abstract_run.packed(place, params, CONFIG, PRUNED, outputs)
+    real = pack(random_params(CONFIG), CONFIG, recorded().partition or ())
+    assert config == real[1]
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (params, parts)]
+    real_shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), real[i]) for i in (0, 2)]
+    assert shapes == real_shapes

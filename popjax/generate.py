@@ -300,42 +300,33 @@ def _record(kept: Masks | None, used: tuple, step: jax.Array) -> Masks | None:
     return tuple(written)
 
 
+def _program(fn: Any, *static: str, donate: tuple[int, ...] = ()) -> Any:
+    return dataclasses.field(default_factory=lambda: Program(fn, static=static, donate=donate))
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The compiled programs of the core. One set a process is enough: they hold no weights."""
 
-    prefill: Program = dataclasses.field(
-        default_factory=lambda: Program(
-            prefill, static=("config", "method", "capacity", "eviction", "depth", "mesh")
-        )
+    prefill: Program = _program(
+        prefill, "config", "method", "capacity", "eviction", "depth", "mesh"
     )
-    extend: Program = dataclasses.field(
-        default_factory=lambda: Program(
-            extend, static=("config", "method", "eviction", "depth", "mesh"), donate=(0,)
-        )
-    )
-    plan: Program = dataclasses.field(
-        default_factory=lambda: Program(make_plan, static=("config", "method", "mesh"))
-    )
-    score: Program = dataclasses.field(
-        default_factory=lambda: Program(score, static=("config", "method", "mesh"))
-    )
-    start: Program = dataclasses.field(
-        default_factory=lambda: Program(
-            start, static=("flags", "options", "room", "mesh"), donate=(0,)
-        )
-    )
-    decode: Program = dataclasses.field(
-        default_factory=lambda: Program(
-            decode, static=("config", "method", "flags", "options", "mesh"), donate=(0,)
-        )
-    )
+    extend: Program = _program(extend, "config", "method", "eviction", "depth", "mesh", donate=(0,))
+    plan: Program = _program(make_plan, "config", "method", "mesh")
+    score: Program = _program(score, "config", "method", "mesh")
+    start: Program = _program(start, "flags", "options", "room", "mesh", donate=(0,))
+    decode: Program = _program(decode, "config", "method", "flags", "options", "mesh", donate=(0,))
 
     evict: EvictionPrograms = dataclasses.field(default_factory=EvictionPrograms)
 
     def _all(self) -> tuple[Program, ...]:
         core = (self.prefill, self.extend, self.plan, self.score, self.start, self.decode)
         return (*core, *self.evict.all())
+
+    def clear(self) -> None:
+        """Forget every executable: each is mappings of memory, of which Linux allows 65,530."""
+        for program in self._all():
+            program.clear()
 
     @property
     def compilations(self) -> int:

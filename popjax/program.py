@@ -48,6 +48,10 @@ class Program:
             self.compilations += 1
         return self._compiled[key]
 
+    def clear(self) -> None:
+        """Forget every executable; those that are in use elsewhere stay. Counts go on."""
+        self._compiled.clear()
+
 
 def _signature(leaf: Any) -> Hashable:
     sharding = getattr(leaf, "sharding", None)

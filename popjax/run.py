@@ -17,9 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kernels_pallas.choice import implementation_for
-from kernels_pallas.masked_mlp import PALLAS
-from kernels_pallas.row_products.tpu import LANES, tile_rows
 from popjax import cache as kv
 from popjax import renumbering, sharding
 from popjax.buckets import bucket
@@ -28,6 +25,7 @@ from popjax.depth.applied import applied
 from popjax.depth.method import DepthPlan
 from popjax.eviction.pool import alignment
 from popjax.generate import PROGRAMS, DecodeState, Masks
+from popjax.implementation import chosen_implementation
 from popjax.methods import Method, check_evaluated
 from popjax.packing import pack
 from popjax.prefilling import Prefill, after_eviction, prefilled
@@ -100,7 +98,7 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     request, params, config, layers = applied(request, params, config, mesh)
     method = request.method.for_model(config)
     request = settled(request, config, method)
-    implementation = _implementation(request, params, mesh)
+    implementation = chosen_implementation(request, params, mesh)
     options = dataclasses.replace(request.options, implementation=implementation)
     request = dataclasses.replace(request, options=options)
     clock, compiled = _Clock(), PROGRAMS.compilations
@@ -146,45 +144,6 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     plan = None if request.depth is None else request.depth.plan(config)
     pooled = result.pooled_tokens + entered
     return dataclasses.replace(result, layers=layers, depth=plan, pooled_tokens=pooled)
-
-
-def _implementation(request: Request, params: Params, mesh: Mesh | None) -> str:
-    """What decode steps run on; ValueError where that cannot serve the request."""
-    # The kernels of accelerators serve FFNs that are not experts.
-    layers = (held for name, held in params.items() if name.startswith("layer_"))
-    ffns = (held.get("mlp", held.get("shared")) for held in layers)
-    matrix = next((ffn["down"] for ffn in ffns if ffn is not None), None)
-    asked, vectors = request.options.implementation, len(request.prompts)
-    found = implementation_for(asked, params, matrix, vectors)
-    if request.options.pack:
-        return found
-    obstacle = _index_obstacle(found, matrix, mesh)
-    if obstacle is not None:
-        raise ValueError(f"pack=False fetches rows by index, {obstacle}")
-    return found
-
-
-def _index_obstacle(implementation: str, matrix: jax.Array | None, mesh: Mesh | None) -> str | None:
-    """Why decode steps cannot fetch rows of w [F, D] or tiles by index, and what to do instead."""
-    if mesh is not None:
-        return f"which needs one device, and the weights lie on {mesh.size}: leave pack=True"
-    if implementation not in PALLAS:
-        return (
-            f"which only the kernels of an accelerator do, and decode steps run on "
-            f"{implementation!r} here: leave pack=True"
-        )
-    if implementation == "pallas_gpu" or matrix is None or matrix.ndim == 3:
-        return None
-    whole = LANES * tile_rows(matrix.dtype)
-    if matrix.shape[1] % whole:
-        return (
-            f"which {implementation!r} does of rows of a multiple of {whole} weights in "
-            f"{matrix.dtype}, and these have {matrix.shape[1]}: leave pack=True"
-        )
-    return (
-        f"which {implementation!r} does of matrices kept as tiles, and these are {matrix.shape}: "
-        "load the model with tiles=True, or leave pack=True"
-    )
 
 
 def _prefill(request: Request, config: ModelConfig, method: Method, mesh: Mesh | None) -> Prefill:

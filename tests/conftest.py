@@ -6,9 +6,11 @@ it is imported, and pytest loads this file before any test module. Fixtures used
 live in that folder's own conftest.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +59,31 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return nodeid if nodeid.startswith("tests/aot/") else nodeid.split("::")[0]
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings() -> Iterator[None]:
+    """Drops compiled programs between files once they hold half of what a process may map.
+
+    Each takes a few mappings of memory, and LLVM crashes where no more are to be had. What tests
+    remember of runs goes too, so that none is compared with a program that is gone.
+    """
+    yield
+    maps, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if not maps.exists() or 2 * len(maps.read_bytes().splitlines()) < int(most.read_text()):
+        return
+    import jax
+
+    from popjax.generate import PROGRAMS
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tests."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+    PROGRAMS.clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -296,8 +296,10 @@ class Transformer(nn.Module):
     def _embedded(self, inputs: Inputs) -> jax.Array:
         x = self.embed.lookup(inputs.tokens)
         if self.config.embed_scale is not None:
-            # Rounded as the weights are, which is how such models were trained.
-            x = x * jnp.asarray(self.config.embed_scale, self.embed.table.dtype).astype(x.dtype)
+            # Rounded as the weights are, which is how such models were trained. And held: fused
+            # with what reads it, its bits would depend on what else a program does (jax 0.12).
+            scale = jnp.asarray(self.config.embed_scale, self.embed.table.dtype)
+            x = jax.lax.optimization_barrier(x * scale.astype(x.dtype))
         if self.config.position_offset is not None:
             # Padding has position -1: some row, for what is never read.
             x = x + self.positions.lookup(inputs.positions + self.config.position_offset)

@@ -6,6 +6,7 @@ run and leave keys and values of the passing state at the others; then the last 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,12 +17,17 @@ import pytest
 from popjax.buckets import left_padded
 from popjax.config import ModelConfig
 from popjax.depth import PrefillPruning
+from popjax.depth.method import LATER
 from popjax.generate import PROGRAMS
 from popjax.methods import Method
 from popjax.nn import ops
+from popjax.nn.transformer import Inputs
 from tests.depth.shallow import HALF, MIXED, config_of, params_of
-from tests.popjax.tiny_models import FAMILIES, PROMPTS, logit_tolerance
+from tests.popjax.tiny_models import NEWER, PROMPTS, logit_tolerance
 
+# Those that the oracle knows; and those with more, for which our own two stages are the yardstick.
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
+OTHERS = ("qwen2_moe", *NEWER)
 SETS = {
     "last half": HALF,
     "first and third": MIXED,
@@ -150,3 +156,24 @@ def test_entries_of_skipped_layers_are_of_the_last_state_that_ran() -> None:
             mine = mine[0, :, T - len(prompt) : T - 1].swapaxes(0, 1)
             tolerance = logit_tolerance(config, np.asarray(wanted))
             np.testing.assert_allclose(mine, wanted[0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_one_program_is_a_prefill_and_then_a_step(family: str) -> None:
+    """The tokens before the last alone, and then the last one as a decode step of all layers."""
+    config, params = config_of(family), params_of(family)
+    plan = MIXED.for_model(config, params).plan(config)
+    assert plan is not None
+    prompt = PROMPTS[1]
+    static = {"config": config, "method": Method()}
+    options = {**static, "capacity": len(prompt)}
+    whole, first = left_padded([prompt], len(prompt)), left_padded([prompt[:-1]], len(prompt) - 1)
+    out = PROGRAMS.prefill(params, whole, None, depth=plan, **options)
+    before = dataclasses.replace(plan, boundary=LATER)
+    held = PROGRAMS.prefill(params, first, None, depth=before, **options).cache
+    last = Inputs(whole.tokens[:, -1:], whole.positions[:, -1:])
+    wanted = np.asarray(PROGRAMS.score(params, last, held, None, **static))[0, 0]
+    tolerance = logit_tolerance(config, wanted)
+    np.testing.assert_allclose(out.logits[0], wanted, rtol=0, atol=tolerance)
+    dense = PROGRAMS.prefill(params, whole, None, **options).logits[0]
+    assert np.max(np.abs(np.asarray(dense) - wanted)) > 100 * tolerance

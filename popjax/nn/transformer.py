@@ -64,23 +64,28 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         self.table = declare(self, "table", self.config)
 
-    def lookup(self, tokens: jax.Array) -> jax.Array:
+    def lookup(self, tokens: jax.Array, scale: float | None = None) -> jax.Array:
+        """Rows [B, T, D] of tokens [B, T], times scale rounded as the table is."""
         if self.shards is None:
-            return self._rows(tokens)
+            return self._rows(tokens, scale)
         # One shard has the row of a token, the others add zero.
         rows = tokens - jax.lax.axis_index(self.shards) * self.table.shape[0]
         here = (rows >= 0) & (rows < self.table.shape[0])
-        found = self._rows(rows)
+        found = self._rows(rows, scale)
         found = jnp.where(here[:, :, None], found, jnp.zeros((), found.dtype))
         return summed(found, self.shards)
 
-    def _rows(self, rows: jax.Array) -> jax.Array:
+    def _rows(self, rows: jax.Array, scale: float | None) -> jax.Array:
+        factor = jnp.asarray(1 if scale is None else scale, self.table.dtype)
         if self.implementation not in NATIVE:
-            return jnp.take(self.table, rows, axis=0, mode="clip")
-        # By the kernel, in float32: of a bfloat16 table XLA's CPU backend makes a copy a call.
-        one = jnp.ones((rows.size, 1), jnp.float32)
+            found = jnp.take(self.table, rows, axis=0, mode="clip")
+            return found if scale is None else found * factor
+        # By the kernel, in float32: of a bfloat16 table XLA's CPU backend makes a copy a call. And
+        # scaled by it: a product of XLA's may or may not be fused with the sum that reads it, and
+        # its last bits with it, by what else a program does.
+        shares = jnp.full((rows.size, 1), factor.astype(jnp.float32))
         clipped = jnp.clip(rows, 0, self.table.shape[0] - 1).reshape(-1, 1)
-        found = contract_rows(one, self.table, clipped, implementation="native")
+        found = contract_rows(shares, self.table, clipped, implementation="native")
         return found.reshape(*rows.shape, -1)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -294,12 +299,7 @@ class Transformer(nn.Module):
         return self._embedded(inputs), write_positions(cache, inputs.positions), tables
 
     def _embedded(self, inputs: Inputs) -> jax.Array:
-        x = self.embed.lookup(inputs.tokens)
-        if self.config.embed_scale is not None:
-            # Rounded as the weights are, which is how such models were trained. And held: fused
-            # with what reads it, its bits would depend on what else a program does (jax 0.12).
-            scale = jnp.asarray(self.config.embed_scale, self.embed.table.dtype)
-            x = jax.lax.optimization_barrier(x * scale.astype(x.dtype))
+        x = self.embed.lookup(inputs.tokens, self.config.embed_scale)
         if self.config.position_offset is not None:
             # Padding has position -1: some row, for what is never read.
             x = x + self.positions.lookup(inputs.positions + self.config.position_offset)

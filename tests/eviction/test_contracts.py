@@ -1,9 +1,10 @@
 """What every eviction method promises on every family, alone and beside FFN pruning.
 
 One reference run a pair, looked at from all sides, as `tests/popjax/test_contracts.py` does for
-channels. The yardstick of a compacted cache is the dense one with everything else masked out. What an
-eviction does to rows, chunks and streams does not depend on what the newer families add, so there
-one method speaks for all; those that see something else are held to that and to equality with dense.
+channels. The yardstick of a compacted cache is the dense one with everything else masked out. What
+an eviction does to rows, chunks and streams does not depend on what the newer families add, so
+there one method speaks for all; each kind of method is held to that yardstick and to equality with
+dense.
 """
 
 from __future__ import annotations

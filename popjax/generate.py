@@ -26,7 +26,7 @@ from popjax.eviction.evict import Programs as EvictionPrograms
 from popjax.eviction.method import KvMethod
 from popjax.methods import Method
 from popjax.nn.transformer import Inputs, Outputs, Transformer
-from popjax.program import Program
+from popjax.program import Program, program_field
 from popjax.sampling import SamplingFlags, SamplingValues, choose, processed
 from popjax.sparsity import Params, Partitions, Plan
 
@@ -300,22 +300,22 @@ def _record(kept: Masks | None, used: tuple, step: jax.Array) -> Masks | None:
     return tuple(written)
 
 
-def _program(fn: Any, *static: str, donate: tuple[int, ...] = ()) -> Any:
-    return dataclasses.field(default_factory=lambda: Program(fn, static=static, donate=donate))
-
-
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The compiled programs of the core. One set a process is enough: they hold no weights."""
 
-    prefill: Program = _program(
+    prefill: Program = program_field(
         prefill, "config", "method", "capacity", "eviction", "depth", "mesh"
     )
-    extend: Program = _program(extend, "config", "method", "eviction", "depth", "mesh", donate=(0,))
-    plan: Program = _program(make_plan, "config", "method", "mesh")
-    score: Program = _program(score, "config", "method", "mesh")
-    start: Program = _program(start, "flags", "options", "room", "mesh", donate=(0,))
-    decode: Program = _program(decode, "config", "method", "flags", "options", "mesh", donate=(0,))
+    extend: Program = program_field(
+        extend, "config", "method", "eviction", "depth", "mesh", donate=(0,)
+    )
+    plan: Program = program_field(make_plan, "config", "method", "mesh")
+    score: Program = program_field(score, "config", "method", "mesh")
+    start: Program = program_field(start, "flags", "options", "room", "mesh", donate=(0,))
+    decode: Program = program_field(
+        decode, "config", "method", "flags", "options", "mesh", donate=(0,)
+    )
 
     evict: EvictionPrograms = dataclasses.field(default_factory=EvictionPrograms)
 

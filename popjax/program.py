@@ -6,6 +6,7 @@ prompt of a bucket compiles nothing needs a count.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -51,6 +52,11 @@ class Program:
     def clear(self) -> None:
         """Forget every executable; those that are in use elsewhere stay. Counts go on."""
         self._compiled.clear()
+
+
+def program_field(fn: Callable[..., Any], *static: str, donate: tuple[int, ...] = ()) -> Any:
+    """A dataclass field: a `Program` of its own for each set of them."""
+    return dataclasses.field(default_factory=lambda: Program(fn, static=static, donate=donate))
 
 
 def _signature(leaf: Any) -> Hashable:

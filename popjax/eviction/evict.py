@@ -21,7 +21,7 @@ from popjax.eviction.again import choose_again, view, watch
 from popjax.eviction.allocation import Candidates
 from popjax.eviction.method import KvMethod, LayerEntries, budgeted, counts, reach, still_seen
 from popjax.eviction.shadow import listen, padded
-from popjax.program import Program
+from popjax.program import Program, program_field
 from popjax.sparsity import Params
 
 Keep = tuple[jax.Array, ...]
@@ -135,25 +135,13 @@ def _allocated(
 class Programs:
     """The compiled programs of an eviction."""
 
-    listen: Program = dataclasses.field(
-        default_factory=lambda: Program(listen, static=("config", "method"), donate=(0, 1))
-    )
-    score: Program = dataclasses.field(
-        default_factory=lambda: Program(score_layer, static=("method", "layer"))
-    )
-    choose: Program = dataclasses.field(
-        default_factory=lambda: Program(choose, static=("method", "config", "align", "apart"))
-    )
-    fill: Program = dataclasses.field(
-        default_factory=lambda: Program(pool.fill, static=(), donate=(0, 1))
-    )
-    watch: Program = dataclasses.field(
-        default_factory=lambda: Program(watch, static=("config", "method", "eviction"))
-    )
-    view: Program = dataclasses.field(default_factory=lambda: Program(view, static=("most",)))
-    again: Program = dataclasses.field(
-        default_factory=lambda: Program(choose_again, static=("method", "config", "align"))
-    )
+    listen: Program = program_field(listen, "config", "method", donate=(0, 1))
+    score: Program = program_field(score_layer, "method", "layer")
+    choose: Program = program_field(choose, "method", "config", "align", "apart")
+    fill: Program = program_field(pool.fill, donate=(0, 1))
+    watch: Program = program_field(watch, "config", "method", "eviction")
+    view: Program = program_field(view, "most")
+    again: Program = program_field(choose_again, "method", "config", "align")
 
     def scores(
         self,

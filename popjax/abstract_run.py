@@ -27,7 +27,6 @@ from popjax.sparsity import (
     ChannelPartition,
     Params,
     Partitions,
-    ffn_name,
     keeps_order,
     unrouted,
     with_unrouted,
@@ -92,7 +91,7 @@ def packed(
     rows = place.params(narrow, params["embed"]["table"].dtype)
     layers, parts = {}, []
     for i, (whole, (part, layer)) in enumerate(zip(plan.channels, pairs, strict=True)):
-        name, ffn = f"layer_{i}", ffn_name(whole)
+        name, ffn = f"layer_{i}", layer.ffn
         layers[name] = params[name]
         if isinstance(whole, ExpertPartition):
             whole = jax.eval_shape(with_order, whole, params[name]["moe"]["down"])

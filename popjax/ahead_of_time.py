@@ -275,7 +275,8 @@ def counted(made: Rehearsal, prefill: Program, decode: Program) -> Forecast:
     full, rows, workload = made.params, made.packed_params, made.workload
     weights, cached = shard_bytes(full), shard_bytes(made.state.cache.layers)
     # Packed rows lie beside the full weights, which stay for the next prompt.
-    extra = sum(shard_bytes(rows[name]["mlp"]) for name in rows if rows[name] is not full[name])
+    ffns = {f"layer_{i}": layer.ffn for i, layer in enumerate(workload.config.layers)}
+    extra = sum(shard_bytes(rows[k][ffn]) for k, ffn in ffns.items() if rows[k] is not full[k])
     read = read_weights(rows, workload)
     mesh, chip = made.place.mesh, workload.target.chip
     return Forecast(

@@ -162,6 +162,11 @@ class LayerConfig:
         return self.mlp_dim if self.moe is None else self.moe.expert_dim
 
     @property
+    def ffn(self) -> str:
+        """Where the layer's parameters hold the FFN that every token uses."""
+        return "mlp" if self.moe is None else "shared"
+
+    @property
     def routed(self) -> int:
         """How many such FFNs a token uses."""
         return 1 if self.moe is None else self.moe.top_k

@@ -26,7 +26,6 @@ from popjax.sparsity import (
     Params,
     Partition,
     Partitions,
-    ffn_name,
     keeps_order,
     unrouted,
     with_unrouted,
@@ -55,7 +54,7 @@ def pack(
         return params, config, _indexed(params, config, partitions)
     found = dict(enumerate(partitions))
     packed = _packable(found)
-    mlps = [params[f"layer_{i}"][ffn_name(found[i])] for i in packed]
+    mlps = [params[f"layer_{i}"][config.layers[i].ffn] for i in packed]
     if mesh is None:
         widths = [config.layers[i].mlp_dim for i in packed]
         mlps, parts = _pack_layers(mlps, tuple(packed.values()), widths)
@@ -63,7 +62,7 @@ def pack(
         shards, parts = pack_shards(mlps, tuple(packed.values()), mesh=mesh)
         mlps = [mlp if new is None else new for mlp, new in zip(mlps, shards, strict=True)]
     layers = {
-        f"layer_{i}": {**params[f"layer_{i}"], ffn_name(found[i]): mlp}
+        f"layer_{i}": {**params[f"layer_{i}"], config.layers[i].ffn: mlp}
         for i, mlp in zip(packed, mlps, strict=True)
     }
     done = dict(zip(packed, parts, strict=True))
@@ -169,7 +168,7 @@ def _indexed(params: Params, config: ModelConfig, partitions: Partitions) -> Par
     found = dict(enumerate(partitions))
     parts = _packable(found)
     for i, part in parts.items():
-        part = _with_norms(part, params[f"layer_{i}"][ffn_name(found[i])]["down"])
+        part = _with_norms(part, params[f"layer_{i}"][config.layers[i].ffn]["down"])
         if not keeps_order(part, config.layers[i].mlp_dim):
             part = dataclasses.replace(part, packed=True, indexed=True)
         parts[i] = part
@@ -216,8 +215,8 @@ def _reformed(
 ) -> Params:
     layers = {}
     for i, layer in enumerate(config.layers):
-        name, ffn = f"layer_{i}", "mlp" if layer.moe is None else "shared"
-        if ffn in params[name]:
-            mlp = {key: form(w) for key, w in params[name][ffn].items()}
-            layers[name] = {**params[name], ffn: mlp}
+        name = f"layer_{i}"
+        if layer.ffn in params[name]:
+            mlp = {key: form(w) for key, w in params[name][layer.ffn].items()}
+            layers[name] = {**params[name], layer.ffn: mlp}
     return {**params, **layers}

@@ -194,11 +194,6 @@ def with_unrouted(part: Partition, other: ChannelPartition | None) -> Partition:
     return other
 
 
-def ffn_name(part: Partition) -> str:
-    """Where a layer of such a partition holds the FFN that every token uses."""
-    return "shared" if isinstance(part, ExpertPartition) else "mlp"
-
-
 @struct.dataclass
 class Plan:
     """What a method decided for a prompt: one partition a layer, or None for dense."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from popjax.ahead_of_time import Rehearsal, Workload, read_weights
+from popjax.ahead_of_time import Program, Rehearsal, Workload, counted, read_weights
 from popjax.families import model_config
 from popjax.methods import Method, OnlinePruning
 from popjax.targets import parse_target
-from tests.popjax.published_models import QWEN3_30B_MOE
+from tests.popjax.published_models import QWEN3_30B_MOE, QWEN15_MOE
 
 pytestmark = pytest.mark.aot
 CONFIG = model_config({**QWEN3_30B_MOE, "num_hidden_layers": 1})
@@ -39,3 +39,12 @@ def test_a_token_reads_its_own_experts() -> None:
     two = Rehearsal(Workload(CONFIG, Method(), target, context=512, batch=2))
     reads = [read_weights(made.packed_params, made.workload) for made in (one, two)]
     assert reads[1] - reads[0] == 3 * 8 * 768 * 2048 * 2
+
+
+def test_a_packed_shared_ffn_is_counted_beside_its_experts() -> None:
+    config = model_config({**QWEN15_MOE, "num_hidden_layers": 1})
+    method = OnlinePruning(0.5, shared="pruned")
+    made = Rehearsal(Workload(config, method, parse_target("v5e:1x1"), context=512))
+    nothing = Program(compile_seconds=0.0)
+    rows = made.packed_params["layer_0"]["shared"]["up"].shape[0]
+    assert counted(made, nothing, nothing).decode_held.packed == 3 * rows * 2048 * 2

@@ -200,7 +200,7 @@ def bytes_per_token(config: ModelConfig, params: Params) -> int:
         if layer.moe is not None:
             # A token reads its own experts.
             unused = layer.moe.num_experts - layer.moe.top_k
-            total -= 3 * unused * layer.channels * config.embed_dim * table.dtype.itemsize
+            total -= unused * layer.channels * config.channel_size * table.dtype.itemsize
     if config.position_offset is not None:
         positions = params["positions"]["table"]
         total -= positions.nbytes - positions.nbytes // positions.shape[0]

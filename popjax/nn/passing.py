@@ -17,9 +17,8 @@ import jax.numpy as jnp
 
 from popjax.cache import Cache, LayerCache
 from popjax.depth.method import FULL, KV_ONLY, LAST, DepthPlan
+from popjax.nn.layers import RopeTable
 from popjax.sparsity import Partitions
-
-RopeTable = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from popjax.depth import DepthMethod, PrefillPruning, ShortGPT
 from popjax.depth.choosing import layer_count, lowest
 from popjax.depth.importance import influences
 from popjax.eviction import KvMethod, LaProx
-from scripts.quality import DENSE, Quality, cut_windows, table, write_json
+from scripts.quality import DENSE, Quality, loaded_windows, publish, window_parser
 
 Case = tuple[DepthMethod | None, KvMethod | None]
 
@@ -85,36 +84,23 @@ def measure(
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to score")
-    parser.add_argument("--model", help="folder, .gguf file or hub id (default: the default model)")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--prefix", type=int, default=512, help="tokens that skip layers")
-    parser.add_argument("--scored", type=int, default=256, help="tokens scored after the prefix")
+    parser = window_parser(__doc__, 8, "skip layers")
     parser.add_argument("--skip", type=float, default=1 / 3, help="share of the layers")
     parser.add_argument("--kv-keep", type=float, help="also beside laprox of this budget")
-    parser.add_argument("--json", type=Path, help="also write every window's numbers here")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; see `--help`."""
     asked = _arguments(argv)
-    text = asked.text.read_text(encoding="utf-8")
-    model = popjax.load(asked.model)
-    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    special = model.tokenizer("")["input_ids"]
-    windows = cut_windows(ids, special, asked.windows, asked.prefix + asked.scored)
+    model, windows, count = loaded_windows(asked)
     results = measure(model, windows, asked.prefix, asked.skip, asked.kv_keep)
     protocol = (
-        f"{model.name}, {asked.windows} windows spread over {len(ids)} tokens: prefix of "
+        f"{model.name}, {asked.windows} windows spread over {count} tokens: prefix of "
         f"{asked.prefix} skips layers, next {asked.scored} scored as decode steps; ± one standard "
         "error; ratio: share of the layers"
     )
-    print(f"{protocol}\n\n{table(results)}")
-    if asked.json is not None:
-        values = {"protocol": protocol, "results": [result.to_json() for result in results]}
-        write_json(asked.json, values)
+    publish(results, protocol, asked.json)
 
 
 if __name__ == "__main__":

@@ -135,35 +135,52 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def window_parser(about: str | None, windows: int, prefix: str) -> argparse.ArgumentParser:
+    """Options of a script that scores windows of a text; what the prefix does, in words."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to score")
     parser.add_argument("--model", help="folder, .gguf file or hub id (default: the default model)")
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--prefix", type=int, default=512, help="tokens that decide the partition")
+    parser.add_argument("--windows", type=int, default=windows)
+    parser.add_argument("--prefix", type=int, default=512, help=f"tokens that {prefix}")
     parser.add_argument("--scored", type=int, default=256, help="tokens scored after the prefix")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--json", type=Path, help="also write every window's numbers here")
+    return parser
+
+
+def loaded_windows(asked: argparse.Namespace) -> tuple[Any, list[list[int]], int]:
+    """The model, the windows asked for, and how many tokens they are spread over."""
+    text = asked.text.read_text(encoding="utf-8")
+    model = popjax.load(asked.model)
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    special = model.tokenizer("")["input_ids"]
+    windows = cut_windows(ids, special, asked.windows, asked.prefix + asked.scored)
+    return model, windows, len(ids)
+
+
+def publish(results: Sequence[Quality], protocol: str, path: Path | None) -> None:
+    """Print the protocol and the table, and write them as JSON where a path was given."""
+    print(f"{protocol}\n\n{table(results)}")
+    if path is not None:
+        values = {"protocol": protocol, "results": [result.to_json() for result in results]}
+        write_json(path, values)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = window_parser(__doc__, 24, "decide the partition")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; see `--help`."""
     asked = _arguments(argv)
-    text = asked.text.read_text(encoding="utf-8")
-    model = popjax.load(asked.model)
-    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    special = model.tokenizer("")["input_ids"]
-    windows = cut_windows(ids, special, asked.windows, asked.prefix + asked.scored)
+    model, windows, count = loaded_windows(asked)
     results = measure(model, windows, asked.prefix, asked.ratios)
     protocol = (
-        f"{model.name}, {asked.windows} windows spread over {len(ids)} tokens: prefix of "
+        f"{model.name}, {asked.windows} windows spread over {count} tokens: prefix of "
         f"{asked.prefix} decides, next {asked.scored} scored as decode steps; ± one standard error"
     )
-    print(f"{protocol}\n\n{table(results)}")
-    if asked.json is not None:
-        values = {"protocol": protocol, "results": [result.to_json() for result in results]}
-        write_json(asked.json, values)
+    publish(results, protocol, asked.json)
 
 
 if __name__ == "__main__":

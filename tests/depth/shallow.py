@@ -6,13 +6,12 @@ import dataclasses
 import functools
 from typing import Any
 
-import numpy as np
-
 from popjax.config import ModelConfig
 from popjax.depth import DepthMethod, PrefillPruning
 from popjax.generate import Options
 from popjax.run import Request, RunResult, run
-from tests.popjax.tiny_models import CONFIGS, PROMPTS, VOCAB, logit_tolerance, random_params
+from tests.popjax.same_runs import assert_same
+from tests.popjax.tiny_models import CONFIGS, PROMPTS, VOCAB, random_params
 
 NEW = 5
 NEVER = (VOCAB,)
@@ -47,13 +46,5 @@ def reference(family: str, depth: DepthMethod | None) -> RunResult:
     return ran(family, request(depth))
 
 
-def logits_of(result: RunResult) -> np.ndarray:
-    assert result.logits is not None
-    return result.logits
-
-
 def assert_same_run(family: str, result: RunResult, wanted: RunResult, rows: Any = ...) -> None:
-    expected = logits_of(wanted)
-    tolerance = logit_tolerance(config_of(family), expected)
-    np.testing.assert_allclose(logits_of(result), expected[rows], rtol=0, atol=tolerance)
-    assert result.tokens.tolist() == wanted.tokens[rows].tolist()
+    assert_same(config_of(family), result, wanted, rows)

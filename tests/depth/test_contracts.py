@@ -19,12 +19,12 @@ from tests.depth.shallow import (
     MIXED,
     assert_same_run,
     config_of,
-    logits_of,
     params_of,
     ran,
     reference,
     request,
 )
+from tests.popjax.same_runs import logits_of
 from tests.popjax.tiny_models import PROMPTS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

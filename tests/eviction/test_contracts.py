@@ -26,6 +26,7 @@ from popjax.eviction.method import budgeted, reach, seen_later
 from popjax.generate import PROGRAMS, Options
 from popjax.methods import Method, OnlinePruning
 from popjax.run import Request, RunResult, run
+from tests.popjax.same_runs import assert_same, logits_of
 from tests.popjax.tiny_models import (
     CONFIGS,
     NEWER,
@@ -103,16 +104,8 @@ def reference(family: str, name: str | None) -> RunResult:
     return ran(family, request(name))
 
 
-def logits_of(result: RunResult) -> np.ndarray:
-    assert result.logits is not None
-    return result.logits
-
-
 def assert_same_run(family: str, result: RunResult, wanted: RunResult, rows: Any = ...) -> None:
-    expected = logits_of(wanted)
-    tolerance = logit_tolerance(config_of(family), expected)
-    np.testing.assert_allclose(logits_of(result), expected[rows], rtol=0, atol=tolerance)
-    assert result.tokens.tolist() == wanted.tokens[rows].tolist()
+    assert_same(config_of(family), result, wanted, rows)
 
 
 def places(result: RunResult, row: int) -> list[list[list[int]]]:

@@ -27,6 +27,7 @@ from popjax.packing import pack
 from popjax.run import Request, RunResult, run
 from popjax.sampling import SamplingConfig
 from popjax.sparsity import ChannelBudget, channel_budget
+from tests.popjax.same_runs import assert_same, logits_of
 from tests.popjax.tiny_models import (
     CONFIGS,
     NEWER,
@@ -117,11 +118,6 @@ def reference(family: str, name: str) -> RunResult:
     return ran(family, request(name))
 
 
-def logits_of(result: RunResult) -> np.ndarray:
-    assert result.logits is not None
-    return result.logits
-
-
 def masks_of(result: RunResult) -> list[np.ndarray]:
     assert result.masks is not None
     return [np.asarray(mask) for mask in result.masks]
@@ -129,10 +125,7 @@ def masks_of(result: RunResult) -> list[np.ndarray]:
 
 def assert_same_run(family: str, result: RunResult, wanted: RunResult, rows: Any = ...) -> None:
     """Equal tokens and masks, and logits equal up to the order of summation."""
-    assert result.tokens.tolist() == wanted.tokens[rows].tolist()
-    expected = logits_of(wanted)
-    tolerance = logit_tolerance(config_of(family), expected)
-    np.testing.assert_allclose(logits_of(result), expected[rows], rtol=0, atol=tolerance)
+    assert_same(config_of(family), result, wanted, rows)
     if wanted.masks is not None:
         for mask, other in zip(masks_of(result), masks_of(wanted), strict=True):
             assert (mask == other[:, rows]).all()

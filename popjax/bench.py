@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from popjax.config import ModelConfig
 from popjax.depth import DepthMethod
+from popjax.eviction import KvMethod
 from popjax.generate import Options
 from popjax.methods import Method
 from popjax.report import Report, make_report
@@ -76,6 +77,7 @@ class MethodBench:
 
     name: str
     prefill: Spread
+    evict: Spread
     plan: Spread
     pack: Spread
     decode_step: Spread
@@ -177,26 +179,34 @@ def bench(
     on_round: Callable[[int], None] | None = None,
     implementation: str | None = None,
     depths: Mapping[str, DepthMethod] | None = None,
+    evictions: Mapping[str, KvMethod] | None = None,
 ) -> BenchResult:
     """Time dense and `methods` (name -> Method) on rows of token ids, greedily, end tokens ignored.
 
-    depths: depth methods by the names of `methods`, or by others, which prune no channels. Dense is
-    always measured and called "dense". Raises ValueError for fewer than two new tokens (the first
-    comes from the prefill), for no rounds, and for what the model cannot serve.
+    depths, evictions: methods for layers and cache entries by the names of `methods`, or by others,
+    which prune no channels. Dense is always measured and called "dense". Raises ValueError for
+    fewer than two new tokens (the first comes from the prefill), for no rounds, and for what the
+    model cannot serve.
     """
     if new_tokens < 2:
         raise ValueError(f"new_tokens {new_tokens} is below 2: the first needs no decode step")
     if methods.get(DENSE, Method()) != Method():
         raise ValueError(f"method name {DENSE!r} means no pruning: give {methods[DENSE]} another")
-    depths = dict(depths or {})
-    if DENSE in depths:
-        raise ValueError(f"method name {DENSE!r} means every layer: give {depths[DENSE]} another")
-    cases = {DENSE: Method(), **dict.fromkeys(depths, Method()), **methods}
+    depths, evictions = dict(depths or {}), dict(evictions or {})
+    for others, meaning in ((depths, "every layer"), (evictions, "every entry")):
+        if DENSE in others:
+            raise ValueError(f"method name {DENSE!r} means {meaning}: give {others[DENSE]} another")
+    cases = {DENSE: Method(), **dict.fromkeys([*depths, *evictions], Method()), **methods}
     options = Options(implementation=implementation)
 
     def measure(name: str) -> Callable[[], Report]:
         request = Request(
-            prompt_ids, new_tokens, cases[name], options=options, depth=depths.get(name)
+            prompt_ids,
+            new_tokens,
+            cases[name],
+            options=options,
+            depth=depths.get(name),
+            eviction=evictions.get(name),
         )
         return lambda: _report(model, name, request)
 
@@ -228,6 +238,7 @@ def _method_bench(name: str, warm: Report, reports: Sequence[Report]) -> MethodB
     return MethodBench(
         name=name,
         prefill=phase("prefill"),
+        evict=phase("evict"),
         plan=phase("plan"),
         pack=phase("pack"),
         decode_step=phase("decode", warm.decode_steps),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,33 +18,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import popjax
-from popjax.continuation import continuation_logprobs
-from popjax.depth import DepthMethod, PrefillPruning, ShortGPT
+from popjax.bench import DENSE
+from popjax.depth import PrefillPruning, ShortGPT
 from popjax.depth.choosing import layer_count, lowest
 from popjax.depth.importance import influences
-from popjax.eviction import KvMethod, LaProx
-from scripts.quality import DENSE, Quality, loaded_windows, publish, window_parser
-
-Case = tuple[DepthMethod | None, KvMethod | None]
+from popjax.eviction import LaProx
+from popjax.paired import Case, Quality, paired_losses
+from scripts.quality import loaded_windows, progress, publish, window_parser
 
 
 def cases(skip: float, dropped: tuple[int, ...], keep: float | None) -> dict[str, Case]:
     """The last layers, other sets, what goes without each part, and evictions beside it."""
-    found: dict[str, Case] = {
-        "last": (PrefillPruning(skip=skip), None),
-        "first": (PrefillPruning(skip=skip, choose="first"), None),
-        "every": (PrefillPruning(skip=skip, choose="every"), None),
-        "last, no boundary": (PrefillPruning(skip=skip, handle_boundary=False), None),
-        "last, no entries": (PrefillPruning(skip=skip, kv=False), None),
-        "short-gpt": (ShortGPT(layers=dropped), None),
+    depths = {
+        "last": PrefillPruning(skip=skip),
+        "first": PrefillPruning(skip=skip, choose="first"),
+        "every": PrefillPruning(skip=skip, choose="every"),
+        "last, no boundary": PrefillPruning(skip=skip, handle_boundary=False),
+        "last, no entries": PrefillPruning(skip=skip, kv=False),
+        "short-gpt": ShortGPT(layers=dropped),
     }
+    found = {name: Case(depth=depth) for name, depth in depths.items()}
     if keep is not None:
         kv = LaProx(keep=keep)
-        found[f"laprox {keep:g} alone"] = (None, kv)
+        found[f"laprox {keep:g} alone"] = Case(eviction=kv)
         for budget in ("shared", "uniform"):
             depth = PrefillPruning(skip=skip, eviction=budget)
-            found[f"last, laprox {keep:g} {budget}"] = (depth, kv)
+            found[f"last, laprox {keep:g} {budget}"] = Case(eviction=kv, depth=depth)
     return found
 
 
@@ -66,21 +64,9 @@ def measure(
     count = layer_count(skip, model.config.num_layers)
     dropped = lowest(block_influence(model, [window[:prefix] for window in windows]), count)
     print(f"short-gpt drops layers {dropped}", file=sys.stderr)
-    listed: dict[str, Case] = {DENSE: (None, None), **cases(skip, dropped, keep)}
-    found: dict[str, list[float]] = {name: [] for name in listed}
-    started = time.perf_counter()
-    for i, window in enumerate(windows):
-        for name, (depth, kv) in listed.items():
-            given = window[:prefix], window[prefix:]
-            logprobs = continuation_logprobs(
-                model.params, model.config, popjax.Method(), *given, eviction=kv, depth=depth
-            )
-            found[name].append(-float(np.mean(logprobs, dtype=np.float64)))
-        spent = time.perf_counter() - started
-        print(f"window {i + 1}/{len(windows)}, {spent:.0f} s", file=sys.stderr, flush=True)
-    dense = tuple(found[DENSE])
-    share = round(skip, 3)
-    return [Quality(name, share, tuple(values), dense) for name, values in found.items()]
+    listed: dict[str, Case] = {DENSE: Case(), **cases(skip, dropped, keep)}
+    losses = paired_losses(model, windows, prefix, listed, progress(len(windows)))
+    return [Quality(name, round(skip, 3), y, losses[DENSE]) for name, y in losses.items()]
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

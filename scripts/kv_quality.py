@@ -24,20 +24,20 @@ import numpy as np
 
 import popjax
 from checkpoints.atomic import new_file
+from popjax.bench import DENSE
 from popjax.continuation import token_logprobs
 from popjax.eviction import KV_METHODS, KvMethod, KVzip, kv_method_named
+from popjax.frontier import COLOURS, SHAPES
+from popjax.paired import cut_windows, standard_error
 from popjax.picture import require_matplotlib
 from scripts.kv_windows import Prefilled
 from scripts.pass_key import Haystacks, PassKey
-from scripts.quality import DENSE, cut_windows, standard_error, write_json
+from scripts.quality import write_json
 
 # All but the one whose scores come from gates that somebody must train for the model first.
 UNTRAINED = tuple(name for name in KV_METHODS if name != "fast-kvzip")
 # A budget of everything stands for dense.
 Case = tuple[str, float]
-# Okabe and Ito: told apart with any colour vision; the shapes also in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-SHAPES = "osD^vP*X<>ph"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,11 @@ import numpy as np
 
 import popjax
 from checkpoints.atomic import new_file
+from popjax.bench import DENSE
 from popjax.picture import require_matplotlib
 from scripts.kv_quality import UNTRAINED, evictions, retrieval
 from scripts.pass_key import Haystacks
-from scripts.quality import DENSE, write_json
+from scripts.quality import write_json
 
 
 def shares(

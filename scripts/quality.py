@@ -10,9 +10,7 @@ caller's: none is shipped, and none of these methods is calibrated on it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -20,13 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import popjax
-from popjax.continuation import continuation_logprobs
+from popjax.bench import DENSE
 from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
+from popjax.paired import Case, Quality, paired_losses, text_windows
 
-DENSE = "dense"
 METHODS: dict[str, Callable[[float], Method]] = {
     "griffin": lambda ratio: Griffin(ratio),
     "frozen": lambda ratio: Frozen(ratio),
@@ -36,90 +32,26 @@ METHODS: dict[str, Callable[[float], Method]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """One method at one ratio: log-perplexity (nats a token) of each window, and its dense pair."""
-
-    method: str
-    ratio: float
-    windows: tuple[float, ...]
-    dense: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.windows))
-
-    @property
-    def standard_error(self) -> float:
-        return standard_error(self.windows)
-
-    @property
-    def differences(self) -> tuple[float, ...]:
-        return tuple(a - b for a, b in zip(self.windows, self.dense, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **dataclasses.asdict(self),
-            "mean": self.mean,
-            "standard_error": self.standard_error,
-            "difference": float(np.mean(self.differences)),
-            "difference_standard_error": standard_error(self.differences),
-        }
-
-    def row(self) -> str:
-        """A line of the markdown table."""
-        name = self.method if self.method == DENSE else f"{self.method} | {self.ratio:g}"
-        line = f"{self.mean:.3f} ± {self.standard_error:.3f} | {math.exp(self.mean):.2f}"
-        if self.method == DENSE:
-            return f"| {name} | 0 | {line} | |"
-        difference, error = np.mean(self.differences), standard_error(self.differences)
-        return f"| {name} | {line} | {difference:+.3f} ± {error:.3f} |"
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of independent values; NaN for fewer than two."""
-    if len(values) < 2:
-        return math.nan
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def cut_windows(
-    ids: Sequence[int], special: Sequence[int], count: int, length: int
-) -> list[list[int]]:
-    """`count` windows of `length` tokens, evenly spread over ids from first to last.
-
-    Each starts with `special`, the tokens that the tokenizer puts before a text. Raises ValueError
-    for a text too short to hold the windows without overlap.
-    """
-    body = length - len(special)
-    if count < 1 or count * body > len(ids):
-        raise ValueError(
-            f"{count} windows of {length} tokens do not fit a text of {len(ids)} tokens: "
-            "give a longer text, or fewer or shorter windows"
-        )
-    gap = (len(ids) - body) / max(count - 1, 1)
-    starts = [math.floor(i * gap) for i in range(count)]
-    return [[*special, *ids[start : start + body]] for start in starts]
-
-
 def measure(
     model: Any, windows: Sequence[Sequence[int]], prefix: int, ratios: Sequence[float]
 ) -> list[Quality]:
-    """Quality of every method at every ratio; all methods see a window before the next begins."""
-    cases = [(DENSE, 0.0, Method())]
-    cases += [(name, ratio, make(ratio)) for ratio in ratios for name, make in METHODS.items()]
-    found: dict[tuple[str, float], list[float]] = {case[:2]: [] for case in cases}
+    """Quality of every method at every ratio."""
+    cases = {(DENSE, 0.0): Case()}
+    cases |= {(k, r): Case(make(r)) for r in ratios for k, make in METHODS.items()}
+    losses = paired_losses(model, windows, prefix, cases, progress(len(windows)))
+    dense = losses[DENSE, 0.0]
+    return [Quality(name, r, values, dense) for (name, r), values in losses.items()]
+
+
+def progress(count: int) -> Callable[[int], None]:
+    """Says on stderr how many of `count` windows are done, and after how long."""
     started = time.perf_counter()
-    for i, window in enumerate(windows):
-        for name, ratio, method in cases:
-            logprobs = continuation_logprobs(
-                model.params, model.config, method, window[:prefix], window[prefix:]
-            )
-            found[name, ratio].append(-float(np.mean(logprobs, dtype=np.float64)))
+
+    def say(done: int) -> None:
         spent = time.perf_counter() - started
-        print(f"window {i + 1}/{len(windows)}, {spent:.0f} s", file=sys.stderr, flush=True)
-    dense = tuple(found[DENSE, 0.0])
-    return [Quality(name, ratio, tuple(values), dense) for (name, ratio), values in found.items()]
+        print(f"window {done}/{count}, {spent:.0f} s", file=sys.stderr, flush=True)
+
+    return say
 
 
 def table(results: Sequence[Quality]) -> str:
@@ -151,10 +83,7 @@ def loaded_windows(asked: argparse.Namespace) -> tuple[Any, list[list[int]], int
     """The model, the windows asked for, and how many tokens they are spread over."""
     text = asked.text.read_text(encoding="utf-8")
     model = popjax.load(asked.model)
-    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    special = model.tokenizer("")["input_ids"]
-    windows = cut_windows(ids, special, asked.windows, asked.prefix + asked.scored)
-    return model, windows, len(ids)
+    return model, *text_windows(model, text, asked.windows, asked.prefix + asked.scored)
 
 
 def publish(results: Sequence[Quality], protocol: str, path: Path | None) -> None:

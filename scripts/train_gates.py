@@ -30,7 +30,7 @@ from popjax.eviction.gate_training import (
 )
 from popjax.eviction.gates import Gates, init_gates, save_gates
 from popjax.eviction.kvzip import KVzip
-from scripts.quality import cut_windows
+from popjax.paired import cut_windows
 
 # Shares of entries at which the gates' choice is compared with KVzip's.
 SHARES = (0.1, 0.3)

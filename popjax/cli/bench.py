@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json as json_format
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import depth_options, options
+from popjax.cli import cache_options, depth_options, frontier_options, options
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
+    from popjax.bench import BenchResult
     from popjax.depth import DepthMethod
+    from popjax.eviction import KvMethod
     from popjax.methods import Method
     from popjax.model import LanguageModel
+    from popjax.paired import Case
 
 # Repeated up to --prompt-tokens: timing depends on how many tokens there are, not on which.
 PASSAGE = (
@@ -25,16 +29,34 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="online-pruning (default, without --depth), frozen, rescore-all or griffin; may be "
-        "repeated.",
+        help="online-pruning (default, without --depth or --kv), frozen, rescore-all or griffin; "
+        "may be repeated.",
         rich_help_panel="Method",
     ),
 ]
+Ratios = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--ratio",
+        help="Share of FFN channels to prune, 0 to 1; may be repeated.",
+        rich_help_panel="Method",
+    ),
+]
+Batches = Annotated[
+    list[int] | None, typer.Option("--batch", min=1, help="Rows at once (1); may be repeated.")
+]
 PromptTokens = Annotated[
-    int, typer.Option(min=1, help="Length of the built-in prompt, used where none is given.")
+    list[int] | None,
+    typer.Option(
+        min=1,
+        help="Length of the built-in prompt, used where none is given (256); may be repeated.",
+    ),
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens to decode.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often each is timed.")]
+Csv = Annotated[
+    Path | None, typer.Option(help="Also write every number of every point to this file.")
+]
 
 
 @command
@@ -46,81 +68,147 @@ def bench(
     dtype: options.Dtype = None,
     offline: options.Offline = False,
     method: Methods = None,
-    ratio: options.Ratio = None,
+    ratio: Ratios = None,
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
-    prompt_tokens: PromptTokens = 256,
+    kv: cache_options.Kv = None,
+    kv_keep: cache_options.KvKeep = None,
+    kv_tokens: cache_options.KvTokens = None,
+    kv_window: cache_options.KvWindow = None,
+    batch: Batches = None,
+    prompt_tokens: PromptTokens = None,
     new_tokens: NewTokens = 64,
     rounds: Rounds = 5,
+    csv: Csv = None,
+    text: frontier_options.Text = None,
+    figure: frontier_options.Figure = None,
+    windows: frontier_options.Windows = 8,
+    prefix: frontier_options.Prefix = 512,
+    scored: frontier_options.Scored = 256,
     json: options.Json = False,
 ) -> None:
     """Time dense decoding against one or more methods, interleaved, with the spread shown.
 
-    Without --ratio, half of the FFN channels are pruned. --depth or --skip alone time just that;
-    with --method or --ratio each of the two, and both together.
+    Without --ratio, half of the FFN channels are pruned. --depth or --kv alone time just those;
+    with --method or --ratio each of them, and all together. Every --batch is timed with every
+    --prompt-tokens. With --text each method's loss against dense is measured too.
     """
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
-    named = method or ([] if shallow and ratio is None and model_ratio is None else [None])
-    pruning = {
-        name or "online-pruning": options.pruning_method(name, ratio, model_ratio, gamma, prefill)
-        for name in named
-    }
-    chosen, depths = _cases(pruning, shallow)
-    text = None
-    if prompt is not None or prompt_file is not None:
-        text = options.read_prompt(prompt, prompt_file)
+    eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    alone = (shallow or eviction) and not (method or ratio or model_ratio)
+    pruning = {} if alone else _pruning(method, ratio, model_ratio, gamma, prefill)
+    cases = _cases(pruning, shallow, eviction)
+    scoring = frontier_options.chosen(text, figure, windows, prefix, scored)
+    given = _given(prompt, prompt_file, prompt_tokens)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
-    prompt_ids = loaded.encode(text)[0] if text is not None else _passage(loaded, prompt_tokens)
-    _time(loaded, chosen, depths, prompt_ids, new_tokens, rounds, json)
+    ids = loaded.encode(PASSAGE if given is None else given)[0]
+    lengths = prompt_tokens or [256 if given is None else len(ids)]
+    points = [(rows, length) for length in lengths for rows in batch or [1]]
+    results = _timed(loaded, cases, ids, points, new_tokens, rounds)
+    found: dict[str, Any] = {
+        "model": loaded.name,
+        "points": [result.to_json() for result in results],
+    }
+    if scoring is not None:
+        found["quality"] = frontier_options.measured(loaded, cases, results[0], scoring)
+    _publish(results, found, csv, json)
+
+
+def _pruning(
+    names: list[str] | None,
+    ratios: list[float] | None,
+    model_ratio: float | None,
+    gamma: float | None,
+    prefill: str | None,
+) -> dict[str, Method]:
+    """Every method at every ratio, by name: with the ratio where there are several."""
+    found = {}
+    for name in names or ["online-pruning"]:
+        for ratio in ratios or [None]:
+            label = name if len(ratios or []) < 2 else f"{name} {ratio:g}"
+            found[label] = options.pruning_method(name, ratio, model_ratio, gamma, prefill)
+    return found
 
 
 def _cases(
-    pruning: dict[str, Method], depth: DepthMethod | None
-) -> tuple[dict[str, Method], dict[str, DepthMethod]]:
-    """What is timed by name, and what skips layers: the depth method alone, and with each other."""
-    if depth is None:
-        return pruning, {}
+    pruning: dict[str, Method], depth: DepthMethod | None, eviction: KvMethod | None
+) -> dict[str, Case]:
+    """What is timed by name: channels, layers and entries alone, then all that was asked for."""
     from popjax.depth import depth_method_name
+    from popjax.eviction import kv_method_name
+    from popjax.paired import Case
 
-    alone = depth_method_name(depth)
-    both = {f"{name}, {alone}": method for name, method in pruning.items()}
-    return {**pruning, **both}, dict.fromkeys([alone, *both], depth)
+    cases = {name: Case(method) for name, method in pruning.items()}
+    others = {}
+    if depth is not None:
+        others[depth_method_name(depth)] = Case(depth=depth)
+    if eviction is not None:
+        others[kv_method_name(eviction)] = Case(eviction=eviction)
+    every = ", ".join(others)
+    if len(others) > 1:
+        others[every] = Case(depth=depth, eviction=eviction)
+    both = {f"{name}, {every}": Case(m, eviction, depth) for name, m in pruning.items() if others}
+    return {**cases, **others, **both}
 
 
-def _time(
+def _given(prompt: str | None, file: Path | None, tokens: list[int] | None) -> str | None:
+    if prompt is None and file is None:
+        return None
+    if tokens:
+        raise typer.BadParameter(
+            "the prompt that was given has a length of its own: drop one of the two",
+            param_hint="--prompt-tokens",
+        )
+    return options.read_prompt(prompt, file)
+
+
+def _timed(
     model: LanguageModel,
-    methods: dict[str, Method],
-    depths: dict[str, DepthMethod],
-    prompt_ids: list[int],
+    cases: dict[str, Case],
+    ids: list[int],
+    points: list[tuple[int, int]],
     new_tokens: int,
     rounds: int,
-    json: bool,
-) -> None:
+) -> list[BenchResult]:
+    """The benchmark at every point, a batch size and a prompt length."""
     from popjax.bench import bench as measure
-    from popjax.cli.tables import bench_view
+    from popjax.sweep import prompt_rows
 
+    results = []
     with Status() as status:
-        status.say("Warming up")
-        result = measure(
-            model,
-            methods,
-            depths=depths,
-            prompt_ids=[prompt_ids],
-            new_tokens=new_tokens,
-            rounds=rounds,
-            on_round=lambda done: status.say(f"Round {done} of {rounds} done"),
-        )
+        for batch, length in points:
+            where = f"{batch} x {length} tokens"
+            status.say(f"{where}: warming up")
+            result = measure(
+                model,
+                {name: case.method for name, case in cases.items()},
+                depths={k: case.depth for k, case in cases.items() if case.depth},
+                evictions={k: case.eviction for k, case in cases.items() if case.eviction},
+                prompt_ids=prompt_rows(ids, batch, length),
+                new_tokens=new_tokens,
+                rounds=rounds,
+                on_round=lambda done, at=where: status.say(f"{at}: round {done} of {rounds} done"),
+            )
+            results.append(result)
+    return results
+
+
+def _publish(
+    results: list[BenchResult], found: dict[str, Any], csv: Path | None, json: bool
+) -> None:
+    from popjax.cli.tables import bench_view, frontier_view
+    from popjax.sweep import write_csv
+
+    if csv is not None:
+        write_csv(csv, results)
     if json:
-        write(json_format.dumps({"model": model.name, **result.to_json()}, allow_nan=False) + "\n")
-    else:
+        write(json_format.dumps(found, allow_nan=False) + "\n")
+        return
+    for result in results:
         stdout_console().print(bench_view(result))
-
-
-def _passage(model: LanguageModel, tokens: int) -> list[int]:
-    """`tokens` ids of the built-in text, over and over."""
-    once = model.encode(PASSAGE)[0]
-    return (once * -(-tokens // len(once)))[:tokens]
+    if "quality" in found:
+        stdout_console().print(frontier_view(found["quality"]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from popjax.bench import DENSE, Spread, speedup_text
 from popjax.inspection import format_bytes
@@ -225,6 +225,23 @@ def bench_view(result: BenchResult) -> RenderableType:
         if row.skips_layers
     ]
     return Group(title, table(*columns, rows=rows), facts(verdicts))
+
+
+def frontier_view(found: dict[str, Any]) -> RenderableType:
+    """Loss above dense with its standard error, beside shares of dense's bytes and time."""
+    from rich.console import Group
+
+    rows = [
+        (
+            point["name"],
+            f"{point['loss']:+.3f} ± {point['loss_error']:.3f}",
+            f"{point['bytes_share']:.3f}",
+            f"{point['time_share']['median']:.3f}",
+        )
+        for point in found["points"]
+    ]
+    columns = ("method", "loss above dense, nats", "bytes, of dense", "step time, of dense")
+    return Group(heading(found["protocol"]), table(*columns, rows=rows))
 
 
 def _milliseconds(rounds: Sequence[float]) -> str:

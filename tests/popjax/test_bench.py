@@ -10,6 +10,8 @@ import pytest
 from popjax.bench import BenchResult, MethodBench, Spread, bench, interleaved, speedup_text
 from popjax.buckets import left_padded
 from popjax.config import ModelConfig
+from popjax.depth import PrefillPruning
+from popjax.eviction import SnapKV
 from popjax.generate import PROGRAMS, Options
 from popjax.methods import Frozen, Method, OnlinePruning, RescoreAll
 from popjax.report import weight_bytes
@@ -37,7 +39,7 @@ def result() -> BenchResult:
 
 def timed(name: str, steps: tuple[float, ...], read: int = 1) -> MethodBench:
     spread = Spread(steps)
-    return MethodBench(name, spread, spread, spread, spread, 0.0, read, 1, 0, 1)
+    return MethodBench(name, *[spread] * 5, 0.0, read, 1, 0, 1)
 
 
 def test_rounds_take_turns_and_rotate() -> None:
@@ -159,3 +161,27 @@ def test_what_cannot_be_timed_is_refused(arguments: dict[str, Any], message: str
     asked = {"methods": METHODS, "prompt_ids": PROMPTS[:1], "new_tokens": 4, "rounds": 1}
     with pytest.raises(ValueError, match=message):
         bench(TINY, **{**asked, **arguments})
+
+
+def test_layers_and_entries_are_timed_beside_channels() -> None:
+    result = bench(
+        TINY,
+        {"frozen, snapkv": Frozen(0.5)},
+        depths={"prefill-pruning": PrefillPruning(choose=(1,))},
+        evictions={"snapkv": SnapKV(tokens=4, window=2), "frozen, snapkv": SnapKV(keep=0.5)},
+        prompt_ids=PROMPTS[:1],
+        new_tokens=2,
+        rounds=1,
+        implementation="xla",
+    )
+    assert [row.name for row in result.methods] == [
+        "dense",
+        "prefill-pruning",
+        "snapkv",
+        "frozen, snapkv",
+    ]
+    assert result["snapkv"].evict.median > result["dense"].evict.median
+    assert result["snapkv"].cache_bytes < result["dense"].cache_bytes
+    assert result["frozen, snapkv"].packed_bytes > 0 == result["snapkv"].packed_bytes
+    with pytest.raises(ValueError, match="'dense' means every entry"):
+        bench(TINY, {}, prompt_ids=PROMPTS[:1], evictions={"dense": SnapKV(keep=0.5)})

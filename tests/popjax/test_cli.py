@@ -510,7 +510,7 @@ def test_bench_shows_medians_and_spread(popjax: Any) -> None:
     for name in ("dense", "online-pruning", "griffin"):
         assert re.search(rf"{name} [\d.]+ \([\d.]+-[\d.]+\)", shown), name
     assert re.search(r"griffin, decode .* over 2 rounds", shown)
-    found = json.loads(popjax("bench", *arguments, "--json").stdout)
+    (found,) = json.loads(popjax("bench", *arguments, "--json").stdout)["points"]
     assert [row["name"] for row in found["methods"]] == ["dense", "online-pruning"]
     assert len(found["methods"][1]["ratio_to_dense"]["rounds"]) == 2
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import popjax
+from popjax.bench import DENSE
 from popjax.continuation import continuation_logits, continuation_logprobs
 from popjax.eviction import KvMethod, kv_method_named
 from popjax.methods import Method
@@ -19,7 +20,6 @@ from scripts import kv_quality, needle
 from scripts.kv_quality import Hits, Losses, binomial, retrieval
 from scripts.kv_windows import Prefilled
 from scripts.pass_key import DIGITS, Haystacks, PassKey
-from scripts.quality import DENSE
 from tests.popjax.tiny_models import CONFIGS, PROMPTS, random_params
 
 TEXT = "The quick brown fox jumps over the lazy dog. The dog lets it! Does the fox? " * 16

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import popjax
+from popjax.bench import DENSE
 from popjax.continuation import continuation_logprobs
 from popjax.methods import Method, OnlinePruning
+from popjax.paired import Quality, cut_windows, standard_error
 from scripts import quality
-from scripts.quality import DENSE, METHODS, Quality, cut_windows, standard_error
+from scripts.quality import METHODS
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. " * 8
 SHORT = ["--windows", "3", "--prefix", "16", "--scored", "8", "--ratios", "0.5"]

@@ -1,0 +1,99 @@
+"""The options about quality beside speed: a text, how it is cut, and where the picture goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from popjax.cli.options import read_text
+from popjax.cli.terminal import Status
+
+if TYPE_CHECKING:
+    from popjax.bench import BenchResult
+    from popjax.model import LanguageModel
+    from popjax.paired import Case
+
+_PANEL = "Quality"
+
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text on which every method's loss is measured.", rich_help_panel=_PANEL
+    ),
+]
+Figure = Annotated[
+    Path | None,
+    typer.Option(help="Draw that loss against bytes and time, a PNG.", rich_help_panel=_PANEL),
+]
+Windows = Annotated[int, typer.Option(min=2, help="Windows of --text.", rich_help_panel=_PANEL)]
+Prefix = Annotated[
+    int, typer.Option(min=1, help="Tokens of a window that decide.", rich_help_panel=_PANEL)
+]
+Scored = Annotated[
+    int,
+    typer.Option(min=1, help="Tokens after those, scored as decode steps.", rich_help_panel=_PANEL),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """The text on which losses are measured, how it is cut, and where the picture goes."""
+
+    text: str
+    figure: Path | None
+    windows: int
+    prefix: int
+    scored: int
+
+
+def chosen(
+    text: Path | None, figure: Path | None, windows: int, prefix: int, scored: int
+) -> Scoring | None:
+    """What the options ask for; None without a text. Wrong usage for a picture without one."""
+    if text is not None:
+        if figure is not None:
+            from popjax.picture import require_matplotlib
+
+            require_matplotlib()
+        return Scoring(read_text(text, "--text"), figure, windows, prefix, scored)
+    if figure is not None:
+        raise typer.BadParameter("the picture shows quality: give --text", param_hint="--figure")
+    return None
+
+
+def measured(
+    model: LanguageModel, cases: dict[str, Case], result: BenchResult, asked: Scoring
+) -> dict[str, Any]:
+    """Loss above dense of every case beside its bytes and time, drawn where that was asked for."""
+    from popjax import frontier
+    from popjax.bench import DENSE
+    from popjax.paired import Case, paired_losses, text_windows
+
+    length = asked.prefix + asked.scored
+    windows, count = text_windows(model, asked.text, asked.windows, length)
+    with Status() as status:
+        status.say("Measuring losses")
+        losses = paired_losses(
+            model,
+            windows,
+            asked.prefix,
+            {DENSE: Case(), **cases},
+            lambda done: status.say(f"Losses: window {done} of {asked.windows} done"),
+        )
+    found = frontier.points(result, losses)
+    protocol = (
+        f"{model.name}, split: {asked.windows} windows spread over {count} tokens, "
+        f"{asked.prefix} tokens decide, the next {asked.scored} are scored as decode steps; "
+        "loss above dense paired by window, with one standard error"
+    )
+    if asked.figure is not None:
+        timed = f"timed at {result.batch} x {result.prompt_tokens} prompt tokens"
+        frontier.draw(asked.figure, found, title=f"{protocol}\n{timed}")
+    return {
+        "protocol": protocol,
+        "dense_losses": list(losses[DENSE]),
+        "points": [point.to_json() for point in found],
+    }

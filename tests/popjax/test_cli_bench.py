@@ -1,0 +1,86 @@
+"""`popjax bench` over several points, with cache evictions, and with quality beside speed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from popjax.cli import app
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. " * 8
+FEW = ("--max-new-tokens", "2", "--rounds", "1", "--json")
+
+
+@pytest.fixture
+def bench(tiny_checkpoint: Path) -> Any:
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["bench", "--model", str(tiny_checkpoint), *arguments])
+
+    return run
+
+
+def test_every_batch_is_timed_with_every_prompt_length(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "bench.csv"
+    points = ("--batch", "1", "--batch", "2", "--prompt-tokens", "8", "--prompt-tokens", "12")
+    result = bench("--method", "frozen", "--csv", str(out), *points, *FEW)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["points"]
+    expected = [(1, 8), (2, 8), (1, 12), (2, 12)]
+    assert [(point["batch"], point["prompt_tokens"]) for point in found] == expected
+    with out.open(newline="", encoding="utf-8") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["dense", "frozen"] * 4
+
+
+def test_evictions_and_ratios_have_names_of_their_own(bench: Any) -> None:
+    kv = ("--kv", "snapkv", "--kv-tokens", "6", "--kv-window", "2")
+    ratios = ("--method", "frozen", "--ratio", "0.25", "--ratio", "0.5")
+    result = bench(*kv, *ratios, "--prompt-tokens", "12", *FEW)
+    assert result.exit_code == 0, result.stderr
+    (point,) = json.loads(result.stdout)["points"]
+    assert sorted(row["name"] for row in point["methods"]) == sorted(
+        [
+            "dense",
+            "frozen 0.25",
+            "frozen 0.5",
+            "snapkv",
+            "frozen 0.25, snapkv",
+            "frozen 0.5, snapkv",
+        ]
+    )
+
+
+def test_quality_stands_beside_speed(bench: Any, tmp_path: Path) -> None:
+    text, figure = tmp_path / "text.txt", tmp_path / "frontier.png"
+    text.write_text(TEXT, encoding="utf-8")
+    windows = ("--windows", "2", "--prefix", "12", "--scored", "4", "--prompt-tokens", "8")
+    asked = ("--text", str(text), "--figure", str(figure), "--method", "frozen", *windows)
+    result = bench(*asked, *FEW)
+    assert result.exit_code == 0, result.stderr
+    quality = json.loads(result.stdout)["quality"]
+    (point,) = quality["points"]
+    assert "split: 2 windows" in quality["protocol"] and len(quality["dense_losses"]) == 2
+    assert point["name"] == "frozen" and point["windows"] == 2 and point["bytes_share"] < 1
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    shown = bench(*asked, *FEW[:-1])
+    assert "loss above dense, nats" in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--figure", "a.png"], "--figure: the picture shows quality: give --text"),
+        (["--text", "nowhere.txt"], "--text: there is no file nowhere.txt"),
+        (["hello", "--prompt-tokens", "9"], "has a length of its own: drop one of the two"),
+        (["--kv", "snapkv"], "no budget was given"),
+        (["--batch", "0"], "--batch"),
+    ],
+)
+def test_wrong_usage_is_said_before_a_model_is_loaded(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "--model", "nowhere", *arguments])
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.replace("│", " ").split())

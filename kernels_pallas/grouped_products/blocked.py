@@ -7,6 +7,7 @@ over. Leaves zeroing what lies beyond the groups to the caller.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,23 @@ import jax.numpy as jnp
 # Below, a product is bound by reading the matrix; above, by arithmetic, and more of it is wasted.
 _LEAST, _MOST = 8, 128
 _FORMS = {"expand": "MD,FD->MF", "contract": "MF,FD->MD"}
+
+
+def _product(operation: str, vectors: jax.Array, matrix: jax.Array) -> jax.Array:
+    """One block of vectors [M, ...] with its matrix [F, D]."""
+    straight = functools.partial(jnp.einsum, _FORMS[operation])
+    if operation == "contract":
+        return straight(vectors, matrix)
+    return jax.lax.platform_dependent(vectors, matrix, cpu=_turned, default=straight)
+
+
+def _turned(vectors: jax.Array, matrix: jax.Array) -> jax.Array:
+    """h [M, F] as w x^T turned around: a CPU reads the rows of a left operand as they lie, and
+    takes 1.4 times as long for those of a right one.
+
+    Without the barrier XLA would swap the operands back.
+    """
+    return jax.lax.optimization_barrier(jnp.einsum("FD,DM->FM", matrix, vectors.T)).T
 
 
 def block_size(vectors: int, groups: int) -> int:
@@ -43,7 +61,7 @@ def products(
         written = []
         for w, y in zip(weights, outputs, strict=True):
             matrix = jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
-            product = jnp.einsum(_FORMS[operation], vectors, matrix)
+            product = _product(operation, vectors, matrix)
             written.append(jax.lax.dynamic_update_slice_in_dim(y, product, start, 0))
         return block + 1, written
 

@@ -29,7 +29,7 @@ _LOGITS = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Natural log-likelihood of a continuation, its tokens, and whether greedy decoding gives it."""
+    """Log-likelihood of a continuation (nats), its tokens, and whether greedy decoding gives it."""
 
     logprob: float
     tokens: int

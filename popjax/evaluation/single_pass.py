@@ -66,7 +66,7 @@ def _prefill_scores(
 
 
 def judged(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities [B, n] of tokens [B, n] under logits [B, n, V], and whether each is best."""
+    """Log-probabilities [B, n] of tokens [B, n] under logits [B, n, V]; whether each is best."""
     logits = logits.astype(jnp.float32)
     return jax.vmap(token_logprobs)(logits, tokens), jnp.argmax(logits, axis=-1) == tokens
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def load_task(path: Path, limit: int | None = None) -> Task:
     return Task(path.stem, tuple(items[:limit]), digest)
 
 
+def load_tasks(paths: Sequence[Path], limit: int | None = None) -> list[Task]:
+    """The tasks of several files. Raises ValueError as `load_task`, and for two of one name."""
+    tasks = [load_task(path, limit) for path in paths]
+    names = [task.name for task in tasks]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"two task files are called {twice[0]}: rename one, or give it once")
+    return tasks
+
+
 def _item(path: Path, number: int, line: str) -> Item:
     where = f"line {number} of {path}"
     try:
@@ -83,4 +94,4 @@ def _check(where: str, context: Any, choices: Any, answer: Any) -> None:
         raise ValueError(f"{where} has the answer {answer!r}: write 0..{len(choices) - 1}")
 
 
-__all__ = ["Item", "Task", "load_task"]
+__all__ = ["Item", "Task", "load_task", "load_tasks"]

@@ -6,6 +6,8 @@ the vocabulary times the text. Leaves out which rows come together (`scoring.py`
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -15,7 +17,7 @@ from popjax import sharding
 from popjax.config import ModelConfig
 from popjax.continuation import token_logprobs
 from popjax.methods import Method
-from popjax.nn.transformer import Inputs, Transformer
+from popjax.nn.transformer import Inputs, Outputs, Transformer
 from popjax.program import Program
 from popjax.sparsity import Params
 
@@ -49,11 +51,13 @@ def _prefill_scores(
     given = {"params": params}
     cache = kv.empty(here, B, T, params["embed"]["table"].dtype)
     model = _Stream(here, method, shards=shards)
-    x = model.apply(given, inputs, cache, None, True, method="prefill").logits[:, T - n :]
+    out = cast(Outputs, model.apply(given, inputs, cache, None, True, method="prefill"))
+    x = out.logits[:, T - n :]
     head = Transformer(here, method, shards=shards)
 
     def scored(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return judged(head.apply(given, part[0], method="_logits"), part[1])
+        logits = cast(jax.Array, head.apply(given, part[0], method="_logits"))
+        return judged(logits, part[1])
 
     step = n
     while step % 2 == 0 and B * step * config.vocab_size > _LOGITS:

@@ -30,9 +30,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 def test_values_are_on_disk_before_the_next(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    journal = Journal(SETTINGS, path)
-    journal.put("a", 1.0)
-    assert path.read_bytes().endswith(b'{"key": "a", "value": 1.0}\n')
+    with Journal(SETTINGS, path) as journal:
+        journal.put("a", 1.0)
+        assert path.read_bytes().endswith(b'{"key": "a", "value": 1.0}\n')
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])

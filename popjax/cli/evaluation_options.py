@@ -123,20 +123,27 @@ def chosen_cases(
     methods = [options.chosen_method(name, **method_options) for name in named]
     if not methods and asked:
         methods = [options.chosen_method(None, **method_options)]
-    beside = [kv_method_name(kv)] if kv is not None else []
-    beside += [depth_method_name(depth)] if depth is not None else []
+    beside = [] if kv is None else [_named(kv_method_name(kv), kv, "keep", "tokens")]
+    beside += [] if depth is None else [_named(depth_method_name(depth), depth, "skip")]
     if not methods and beside:
         methods = [Method()]
     cases = [Case()] if dense or DENSE in (names or []) else []
     for method in methods:
-        parts = ([] if type(method) is Method else [method_name(method)]) + beside
-        cases.append(Case(", ".join(parts), method, kv, depth))
+        pruned = type(method) is not Method
+        name = _named(method_name(method), method, "ratio", "model_ratio")
+        cases.append(Case(", ".join([name] * pruned + beside), method, kv, depth))
     if not cases:
         raise typer.BadParameter(
             "nothing is left to score: give --method and --ratio, or leave out --no-dense",
             param_hint="--no-dense",
         )
     return cases
+
+
+def _named(name: str, method: Any, *budgets: str) -> str:
+    """A method's name and how much it takes away or leaves."""
+    held = {budget: getattr(method, budget, None) for budget in budgets}
+    return " ".join([name, *(f"{b} {v:g}" for b, v in held.items() if v is not None)])
 
 
 def check_protocol(name: str, cases: list[Case]) -> None:

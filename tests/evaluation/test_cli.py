@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from popjax import LanguageModel
+from popjax import LanguageModel, PrefillPruning, SnapKV
 from popjax.cli import app
+from popjax.cli.evaluation_options import chosen_cases
 from popjax.continuation import continuation_logprobs
 from popjax.evaluation import scoring
 from popjax.evaluation.windows import cut_windows
@@ -50,8 +51,11 @@ def test_a_task_file_is_scored_against_dense(
     result = command(*asked, "--limit", "2", "--json")
     found = rows(result)
     assert json.loads(result.stdout)["protocol"] == "split"
-    assert {case for _, case in found} == {"dense", "online-pruning"}
-    for method, case in ((Method(), "dense"), (OnlinePruning(ratio=0.5), "online-pruning")):
+    assert {case for _, case in found} == {"dense", "online-pruning ratio 0.5"}
+    for method, case in (
+        (Method(), "dense"),
+        (OnlinePruning(ratio=0.5), "online-pruning ratio 0.5"),
+    ):
         hits = []
         for item in ITEMS[:2]:
             before = long_model.encode(item["context"])[0]
@@ -62,7 +66,7 @@ def test_a_task_file_is_scored_against_dense(
             hits.append(scores.index(max(scores)) == item["answer"])
         acc = found["acc", case]
         assert acc["value"]["mean"] == pytest.approx(sum(hits) / 2) and acc["value"]["n"] == 2
-    pair = found["answer_logprob", "online-pruning"]
+    pair = found["answer_logprob", "online-pruning ratio 0.5"]
     dense = found["answer_logprob", "dense"]
     gap = pair["value"]["mean"] - dense["value"]["mean"]
     assert pair["difference_from_dense"]["mean"] == pytest.approx(gap)
@@ -112,16 +116,19 @@ def test_perplexity_of_windows_is_paired_with_dense(
     found = rows(result)
     ids = long_model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     special = long_model.tokenizer("")["input_ids"]
-    losses = {"dense": [], "online-pruning": []}
+    losses = {"dense": [], "online-pruning ratio 0.5": []}
     for window in cut_windows(ids, special, 3, 24):
-        for name, method in (("dense", Method()), ("online-pruning", OnlinePruning(ratio=0.5))):
+        for name, method in (
+            ("dense", Method()),
+            ("online-pruning ratio 0.5", OnlinePruning(ratio=0.5)),
+        ):
             place = long_model.params, long_model.config, method
             losses[name].append(-continuation_logprobs(*place, window[:16], window[16:]).mean())
     for name, values in losses.items():
         mean = found["log-perplexity", name]["value"]["mean"]
         assert mean == pytest.approx(sum(values) / 3, abs=1e-4)
-    gaps = [a - b for a, b in zip(losses["online-pruning"], losses["dense"], strict=True)]
-    difference = found["log-perplexity", "online-pruning"]["difference_from_dense"]
+    gaps = [a - b for a, b in zip(losses["online-pruning ratio 0.5"], losses["dense"], strict=True)]
+    difference = found["log-perplexity", "online-pruning ratio 0.5"]["difference_from_dense"]
     assert difference["mean"] == pytest.approx(sum(gaps) / 3, abs=1e-4)
     spread = math.sqrt(sum((g - sum(gaps) / 3) ** 2 for g in gaps) / 2 / 3)
     assert difference["standard_error"] == pytest.approx(spread, rel=1e-2)
@@ -141,6 +148,16 @@ def test_single_pass_perplexity_rolls_over_the_text(command: Any, tmp_path: Path
     assert other.exit_code == 1 and "use the same settings" in said(other)
     many = command("perplexity", *asked, "--windows", "1000")
     assert many.exit_code == 1 and "give a longer text, or fewer" in said(many)
+
+
+def test_cases_are_named_by_what_they_take_away() -> None:
+    given = {"ratio": 0.3, "model_ratio": None}
+    kv, depth = SnapKV(tokens=64), PrefillPruning(skip=0.5)
+    found = chosen_cases(["griffin", "frozen"], given, kv, None, True)
+    names = [case.name for case in found]
+    assert names == ["dense", *(f"{m} ratio 0.3, snapkv tokens 64" for m in ("griffin", "frozen"))]
+    (alone,) = chosen_cases(None, {}, None, depth, False)
+    assert (alone.name, alone.method) == ("prefill-pruning skip 0.5", Method())
 
 
 @pytest.mark.parametrize(
@@ -202,5 +219,8 @@ def test_what_was_scored_before_a_nan_is_kept(
 
     monkeypatch.setattr(scoring.Scorer, "_split", failing)
     result = command("eval", "--tasks", str(task_file()), *ONLINE, "--out", str(out))
-    assert result.exit_code == 1 and "a log-likelihood under online-pruning is nan" in said(result)
+    assert (
+        result.exit_code == 1
+        and "a log-likelihood under online-pruning ratio 0.5 is nan" in said(result)
+    )
     assert out.read_text().count("\n") > 4

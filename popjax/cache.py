@@ -46,6 +46,14 @@ class Kept:
         """The same pool with starts and lengths [B, K] of one layer."""
         return dataclasses.replace(self, starts=self.starts[i], lengths=self.lengths[i])
 
+    def for_rows(self, rows: int) -> Kept:
+        """The entries of one row for a batch: all rows name the same ones, none is copied."""
+        layers, _, heads = self.starts.shape
+        starts, lengths = (
+            jnp.broadcast_to(held, (layers, rows, heads)) for held in (self.starts, self.lengths)
+        )
+        return dataclasses.replace(self, starts=starts, lengths=lengths)
+
 
 @struct.dataclass
 class Cache:
@@ -81,6 +89,21 @@ def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> C
         layers.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     positions = jnp.full((batch, capacity), -1, jnp.int32)
     return Cache(tuple(layers), positions, jnp.zeros((), jnp.int32))
+
+
+def repeated(cache: Cache, rows: int) -> Cache:
+    """The cache of one row for a batch of `rows`, each of which goes on for itself."""
+
+    def wide(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (rows, *x.shape[1:]))
+
+    return dataclasses.replace(
+        cache,
+        layers=jax.tree.map(wide, cache.layers),
+        positions=wide(cache.positions),
+        kept=None if cache.kept is None else cache.kept.for_rows(rows),
+        begin=None if cache.begin is None else wide(cache.begin),
+    )
 
 
 def write_layer(layer: LayerCache, k: jax.Array, v: jax.Array, slot: jax.Array) -> LayerCache:

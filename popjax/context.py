@@ -41,13 +41,8 @@ class Context:
         return sum(getattr(self.kept, name).nbytes for name in _FIELDS)
 
     def of_rows(self, rows: int) -> kv.Kept:
-        """The entries for a batch: all rows name the same ones, no entry is copied."""
-        layers, _, heads = self.kept.starts.shape
-        starts, lengths = (
-            jnp.broadcast_to(held, (layers, rows, heads))
-            for held in (self.kept.starts, self.kept.lengths)
-        )
-        return dataclasses.replace(self.kept, starts=starts, lengths=lengths)
+        """The entries for a batch of rows."""
+        return self.kept.for_rows(rows)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one new safetensors file. Raises CheckpointError where the path exists."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from popjax import cache as kv
 from popjax import renumbering, sharding
 from popjax.buckets import bucket
 from popjax.config import ModelConfig
@@ -65,8 +66,9 @@ def continuation_logits(
 ) -> jax.Array:
     """Logits [B, n', V] float32 that predict each continuation token, n' at least the longest n.
 
-    Row b is meaningful up to its own length. Rows share a partition as in generation; `partition`
-    replaces the one that the prefixes would decide. With an `eviction` the continuation sees what
+    Row b is meaningful up to its own length. One prefix may have several continuations: it is run
+    once. Rows share a partition as in generation; `partition` replaces the one that the prefixes
+    would decide. With an `eviction` the continuation sees what
     stays of the prefix; `depth` says which layers the prefix skips. Raises ValueError as
     `continuation_logprobs`.
     """
@@ -91,6 +93,9 @@ def continuation_logits(
     outputs = prefilled(params, prompts, prompts.inputs(), partition)
     outputs, kept = after_eviction(params, prompts, outputs)
     first = outputs.logits[:, None, :]
+    rows = len(continuations)
+    if rows > len(prefixes):
+        first = jnp.broadcast_to(first, (rows, *first.shape[1:]))
     if not steps:
         return first
     if partition is None:
@@ -99,6 +104,7 @@ def continuation_logits(
         params, config, partition = pack(params, config, partition, mesh)
     steps_in = sharding.placed(_given_tokens(prefixes, continuations, room), "B", mesh)
     cache = dataclasses.replace(outputs.cache, kept=kept)
+    cache = kv.repeated(cache, rows) if rows > len(prefixes) else cache
     rest = PROGRAMS.score(params, steps_in, cache, partition, config=config, **static)
     return jnp.concatenate([first, rest], axis=1)
 
@@ -114,8 +120,10 @@ def _given_tokens(
     prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], room: int
 ) -> Inputs:
     """Inputs [B, room] of all but the last token of each row, left-aligned: step t is column t."""
-    tokens = np.zeros((len(prefixes), room), np.int32)
-    positions = np.full((len(prefixes), room), -1, np.int32)
+    tokens = np.zeros((len(continuations), room), np.int32)
+    positions = np.full((len(continuations), room), -1, np.int32)
+    shared = len(prefixes) < len(continuations)
+    prefixes = [prefixes[0]] * len(continuations) if shared else prefixes
     for row, (prefix, given) in enumerate(zip(prefixes, continuations, strict=True)):
         n = len(given) - 1
         tokens[row, :n] = given[:n]
@@ -128,9 +136,11 @@ def _checked(
 ) -> Request:
     """The request as it will be used; ValueError for anything that cannot be scored."""
     prefixes = request.prompts
-    if len(prefixes) != len(continuations):
+    shared = len(prefixes) == 1 and len(continuations) > 1
+    if not shared and len(prefixes) != len(continuations):
         raise ValueError(
-            f"{len(prefixes)} prefixes for {len(continuations)} continuations: give as many of each"
+            f"{len(prefixes)} prefixes for {len(continuations)} continuations: give as many of "
+            "each, or one prefix for all"
         )
     for i, row in enumerate(continuations):
         if not len(row):

@@ -1,7 +1,7 @@
 """The frontier: what each method costs in quality against what it saves in bytes and in time.
 
-Joins a benchmark (`bench.py`) with paired losses (`paired.py`) of the same methods. A picture needs
-the extra `plots` (matplotlib), imported only when drawing. Leaves out measuring either.
+Joins a benchmark (`bench.py`) with paired losses (`evaluation/paired.py`) of the same methods. A
+picture needs the extra `plots` (matplotlib), imported only when drawing. Leaves out measuring.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from checkpoints.atomic import new_file
 from popjax.bench import DENSE, BenchResult, Spread
-from popjax.paired import standard_error
+from popjax.evaluation.statistics import standard_error
 from popjax.picture import require_matplotlib
 
 if TYPE_CHECKING:

@@ -182,7 +182,7 @@ class LanguageModel:
             masks=masks,
             options=Options(return_logprobs, return_logits, record_masks, implementation, pack),
             on_chunk=listener,
-            eviction=self._eviction(kv, kv_keep, kv_tokens),
+            eviction=self.eviction_method(kv, kv_keep, kv_tokens),
             context=context,
             prefill_chunk=prefill_chunk,
             evict_every=kv_every,
@@ -214,7 +214,7 @@ class LanguageModel:
         request = Request(
             rows,
             1,
-            eviction=self._eviction(kv, kv_keep, kv_tokens),
+            eviction=self.eviction_method(kv, kv_keep, kv_tokens),
             prefill_chunk=prefill_chunk,
             depth=arguments.chosen_depth(depth, skip),
         )
@@ -225,7 +225,7 @@ class LanguageModel:
         dtype = self.params["embed"]["table"].dtype
         return load_context(path, self.config, self.fingerprint, dtype)
 
-    def _eviction(
+    def eviction_method(
         self, kv: KvMethod | str | None, keep: float | None, tokens: int | None
     ) -> KvMethod | None:
         """The eviction method meant; one that asks the model in words gets them as tokens."""

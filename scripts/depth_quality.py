@@ -22,8 +22,9 @@ from popjax.bench import DENSE
 from popjax.depth import PrefillPruning, ShortGPT
 from popjax.depth.choosing import layer_count, lowest
 from popjax.depth.importance import influences
+from popjax.evaluation.paired import Quality, paired_losses
+from popjax.evaluation.protocols import Case
 from popjax.eviction import LaProx
-from popjax.paired import Case, Quality, paired_losses
 from scripts.quality import loaded_windows, progress, publish, window_parser
 
 

@@ -26,9 +26,10 @@ import popjax
 from checkpoints.atomic import new_file
 from popjax.bench import DENSE
 from popjax.continuation import token_logprobs
+from popjax.evaluation.statistics import standard_error
+from popjax.evaluation.windows import cut_windows
 from popjax.eviction import KV_METHODS, KvMethod, KVzip, kv_method_named
 from popjax.frontier import COLOURS, SHAPES
-from popjax.paired import cut_windows, standard_error
 from popjax.picture import require_matplotlib
 from scripts.kv_windows import Prefilled
 from scripts.pass_key import Haystacks, PassKey

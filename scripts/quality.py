@@ -20,8 +20,9 @@ from typing import Any
 
 import popjax
 from popjax.bench import DENSE
+from popjax.evaluation.paired import Quality, paired_losses, text_windows
+from popjax.evaluation.protocols import Case
 from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
-from popjax.paired import Case, Quality, paired_losses, text_windows
 
 METHODS: dict[str, Callable[[float], Method]] = {
     "griffin": lambda ratio: Griffin(ratio),
@@ -37,7 +38,7 @@ def measure(
 ) -> list[Quality]:
     """Quality of every method at every ratio."""
     cases = {(DENSE, 0.0): Case()}
-    cases |= {(k, r): Case(make(r)) for r in ratios for k, make in METHODS.items()}
+    cases |= {(k, r): Case(method=make(r)) for r in ratios for k, make in METHODS.items()}
     losses = paired_losses(model, windows, prefix, cases, progress(len(windows)))
     dense = losses[DENSE, 0.0]
     return [Quality(name, r, values, dense) for (name, r), values in losses.items()]

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 import popjax
+from popjax.evaluation.windows import cut_windows
 from popjax.eviction.gate_training import (
     Examples,
     Training,
@@ -30,7 +31,6 @@ from popjax.eviction.gate_training import (
 )
 from popjax.eviction.gates import Gates, init_gates, save_gates
 from popjax.eviction.kvzip import KVzip
-from popjax.paired import cut_windows
 
 # Shares of entries at which the gates' choice is compared with KVzip's.
 SHARES = (0.1, 0.3)

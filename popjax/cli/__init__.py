@@ -16,6 +16,8 @@ from typing import Annotated
 import typer
 
 from popjax.cli import bench, calibrate, chat, doctor, export, generate, inspect, plan, show
+from popjax.cli import eval as evaluation
+from popjax.cli import perplexity as text_perplexity
 from popjax.cli.terminal import SETTINGS, forgiving_streams, log_to_stderr
 
 EPILOG = (
@@ -43,6 +45,8 @@ for run in (
     doctor.doctor,
 ):
     app.command()(run)
+app.command("eval")(evaluation.evaluate)
+app.command()(text_perplexity.perplexity)
 
 
 def _print_version(asked: bool) -> None:

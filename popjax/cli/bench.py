@@ -14,10 +14,10 @@ from popjax.cli.terminal import Status, command, stdout_console, write
 if TYPE_CHECKING:
     from popjax.bench import BenchResult
     from popjax.depth import DepthMethod
+    from popjax.evaluation.protocols import Case
     from popjax.eviction import KvMethod
     from popjax.methods import Method
     from popjax.model import LanguageModel
-    from popjax.paired import Case
 
 # Repeated up to --prompt-tokens: timing depends on how many tokens there are, not on which.
 PASSAGE = (
@@ -139,10 +139,10 @@ def _cases(
 ) -> dict[str, Case]:
     """What is timed by name: channels, layers and entries alone, then all that was asked for."""
     from popjax.depth import depth_method_name
+    from popjax.evaluation.protocols import Case
     from popjax.eviction import kv_method_name
-    from popjax.paired import Case
 
-    cases = {name: Case(method) for name, method in pruning.items()}
+    cases = {name: Case(name, method) for name, method in pruning.items()}
     others = {}
     if depth is not None:
         others[depth_method_name(depth)] = Case(depth=depth)
@@ -151,7 +151,9 @@ def _cases(
     every = ", ".join(others)
     if len(others) > 1:
         others[every] = Case(depth=depth, eviction=eviction)
-    both = {f"{name}, {every}": Case(m, eviction, depth) for name, m in pruning.items() if others}
+    both = {
+        f"{name}, {every}": Case(name, m, eviction, depth) for name, m in pruning.items() if others
+    }
     return {**cases, **others, **both}
 
 

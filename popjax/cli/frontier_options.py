@@ -13,8 +13,8 @@ from popjax.cli.terminal import Status
 
 if TYPE_CHECKING:
     from popjax.bench import BenchResult
+    from popjax.evaluation.protocols import Case
     from popjax.model import LanguageModel
-    from popjax.paired import Case
 
 _PANEL = "Quality"
 
@@ -70,7 +70,8 @@ def measured(
     """Loss above dense of every case beside its bytes and time, drawn where that was asked for."""
     from popjax import frontier
     from popjax.bench import DENSE
-    from popjax.paired import Case, paired_losses, text_windows
+    from popjax.evaluation.paired import paired_losses, text_windows
+    from popjax.evaluation.protocols import Case
 
     length = asked.prefix + asked.scored
     windows, count = text_windows(model, asked.text, asked.windows, length)

@@ -31,6 +31,7 @@ from popjax.families import FAMILIES
 PROMPT = "The quick brown fox"
 COMMANDS = (
     *("generate", "chat", "inspect", "plan", "bench", "calibrate", "show", "export", "doctor"),
+    *("eval", "perplexity"),
 )
 ENTRY = "from popjax.cli import main; main()"
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,10 @@ import pytest
 import popjax
 from popjax.bench import DENSE
 from popjax.continuation import continuation_logprobs
+from popjax.evaluation.paired import Quality
+from popjax.evaluation.statistics import standard_error
+from popjax.evaluation.windows import cut_windows
 from popjax.methods import Method, OnlinePruning
-from popjax.paired import Quality, cut_windows, standard_error
 from scripts import quality
 from scripts.quality import METHODS
 

@@ -14,20 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from popjax.bench import DENSE, Weights
+from popjax.bench import Weights
 from popjax.continuation import continuation_logprobs
-from popjax.depth import DepthMethod
-from popjax.eviction import KvMethod
-from popjax.methods import Method
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What decides for a prompt: channels, cache entries, layers. The default decides nothing."""
-
-    method: Method = Method()
-    eviction: KvMethod | None = None
-    depth: DepthMethod | None = None
+from popjax.evaluation.protocols import DENSE, Case
+from popjax.evaluation.statistics import standard_error
+from popjax.evaluation.windows import cut_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,32 +60,6 @@ class Quality:
             return f"| {name} | 0 | {line} | |"
         difference, error = np.mean(self.differences), standard_error(self.differences)
         return f"| {name} | {line} | {difference:+.3f} ± {error:.3f} |"
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of independent values; NaN for fewer than two."""
-    if len(values) < 2:
-        return math.nan
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def cut_windows(
-    ids: Sequence[int], special: Sequence[int], count: int, length: int
-) -> list[list[int]]:
-    """`count` windows of `length` tokens, evenly spread over ids from first to last.
-
-    Each starts with `special`, the tokens that the tokenizer puts before a text. Raises ValueError
-    for a text too short to hold the windows without overlap.
-    """
-    body = length - len(special)
-    if count < 1 or count * body > len(ids):
-        raise ValueError(
-            f"{count} windows of {length} tokens do not fit a text of {len(ids)} tokens: "
-            "give a longer text, or fewer or shorter windows"
-        )
-    gap = (len(ids) - body) / max(count - 1, 1)
-    starts = [math.floor(i * gap) for i in range(count)]
-    return [[*special, *ids[start : start + body]] for start in starts]
 
 
 def text_windows(model: Any, text: str, count: int, length: int) -> tuple[list[list[int]], int]:

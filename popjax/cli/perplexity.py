@@ -1,0 +1,72 @@
+"""`popjax perplexity`: a text file under dense and any number of methods, paired by window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from popjax.cli import cache_options, depth_options, evaluation_options, options
+from popjax.cli.terminal import command
+
+Text = Annotated[Path, typer.Option("--text", help="UTF-8 text to score.")]
+Windows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows, spread over the text (24; single-pass: all there are)."),
+]
+Prefix = Annotated[
+    int, typer.Option(min=1, help="Tokens of a window that are prefilled and decide (split).")
+]
+Scored = Annotated[int, typer.Option(min=1, help="Tokens scored after them (split).")]
+
+
+@command
+def perplexity(
+    text: Text,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    method: evaluation_options.Methods = None,
+    ratio: options.Ratio = None,
+    model_ratio: options.ModelRatio = None,
+    gamma: options.Gamma = None,
+    prefill: options.Prefill = None,
+    kv: cache_options.Kv = None,
+    kv_keep: cache_options.KvKeep = None,
+    kv_tokens: cache_options.KvTokens = None,
+    kv_window: cache_options.KvWindow = None,
+    depth: depth_options.Depth = None,
+    skip: depth_options.Skip = None,
+    layer_scores: depth_options.LayerScores = None,
+    protocol: evaluation_options.Protocol = "split",
+    dense: evaluation_options.Dense = True,
+    windows: Windows = None,
+    prefix: Prefix = 512,
+    scored: Scored = 256,
+    max_length: evaluation_options.MaxLength = None,
+    out: evaluation_options.Out = None,
+    json: options.Json = False,
+) -> None:
+    """Log-perplexity of a text, and how far each method is above dense on the same windows.
+
+    split scores what is decoded after a prefix; single-pass rolls over the text as lm-eval does.
+    """
+    eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    shallow = depth_options.chosen_depth(depth, skip, layer_scores)
+    given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
+    cases = evaluation_options.chosen_cases(method, given, eviction, shallow, dense)
+    evaluation_options.check_protocol(protocol, cases)
+    words = options.read_text(text, "--text")
+    if not words.strip():
+        raise ValueError(f"{text} is empty: give a text with something to score")
+    loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    from popjax.evaluation.perplexity import windows_of
+    from popjax.evaluation.run import How, evaluate_text
+
+    how = How(protocol, max_length=max_length)
+    cut = windows_of(words, how.encoder(loaded), prefix, scored, windows)
+    with evaluation_options.Bar("Scoring", len(cut.pairs)) as bar:
+        found = evaluate_text(loaded, cases, words, text.stem, how, cut, out, bar.done)
+    evaluation_options.show(found, json)

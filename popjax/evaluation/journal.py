@@ -1,0 +1,115 @@
+"""A file of results that grows line by line, so that an interrupted run goes on where it was.
+
+The first line holds the settings that decide the numbers; each other one is a key and a value,
+written whole and handed to the disk before the next is computed. A last line that was cut off is
+dropped; one damaged anywhere else is an error. Without a path everything is kept in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+_SETTINGS = "popjax-evaluation"
+
+
+class Journal:
+    """Values by key, those of an earlier run of the same settings included.
+
+    Raises ValueError where `path` holds another run's results, or no results.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], path: Path | None = None) -> None:
+        self._settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+        self._values: dict[str, Any] = {}
+        self._path, self._file = path, None
+        if path is not None:
+            self._file = self._opened(path)
+        self.resumed = len(self._values)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a value, on disk before this returns."""
+        self._values[key] = value
+        if self._file is not None:
+            _append(self._file, {"key": key, "value": value})
+
+    def _opened(self, path: Path) -> IO[bytes]:
+        """The file, positioned after its last whole line, its values read."""
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the name of a file for the results")
+        file = path.open("r+b") if path.exists() else path.open("x+b")
+        try:
+            lines = file.read().split(b"\n")
+            whole = sum(len(line) + 1 for line in lines[:-1])
+            if lines[:-1]:
+                self._read(path, lines[:-1])
+            elif lines[0] and not lines[0].startswith(b'{"' + _SETTINGS.encode()):
+                raise ValueError(_foreign(path))
+            file.truncate(whole)
+            file.seek(whole)
+            if not lines[:-1]:
+                _append(file, {_SETTINGS: self._settings})
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _read(self, path: Path, lines: list[bytes]) -> None:
+        for number, line in enumerate(lines, 1):
+            try:
+                held = json.loads(line)
+                if number == 1:
+                    self._check(path, held[_SETTINGS])
+                else:
+                    self._values[held["key"]] = held["value"]
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    _foreign(path)
+                    if number == 1
+                    else f"{path} is damaged at line {number}: remove that line, or give --out "
+                    "another name"
+                ) from error
+
+    def _check(self, path: Path, held: dict[str, Any]) -> None:
+        for name in (*self._settings, *held):
+            mine, theirs = self._settings.get(name), held.get(name)
+            if mine != theirs:
+                raise ValueError(
+                    f"{path} holds results with {name} {theirs}, and this run has {mine}: use the "
+                    "same settings, or give --out another name"
+                )
+
+
+def _foreign(path: Path) -> str:
+    return f"{path} exists and holds no results of an evaluation: give --out another name"
+
+
+def _append(file: IO[bytes], record: Mapping[str, Any]) -> None:
+    file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+__all__ = ["Journal"]

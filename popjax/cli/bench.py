@@ -50,6 +50,7 @@ def bench(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    statistics: options.Statistics = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
@@ -66,7 +67,9 @@ def bench(
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     named = method or ([] if shallow and ratio is None and model_ratio is None else [None])
     pruning = {
-        name or "online-pruning": options.pruning_method(name, ratio, model_ratio, gamma, prefill)
+        name or "online-pruning": options.pruning_method(
+            name, ratio, model_ratio, gamma, prefill, statistics
+        )
         for name in named
     }
     chosen, depths = _cases(pruning, shallow)

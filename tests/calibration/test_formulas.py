@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from popjax.calibration.measuring import AttentionMagnitudes, Magnitudes, Moments
+from popjax.calibration.prepared import with_leaves
 from popjax.calibration.statistics import STEPS, LayerStatistics
 from popjax.eviction.method import AttentionActs
 from popjax.methods import CHESS, FLAP, TEAL, LayerActs, Method, ProbePruning, WandaSP
-from popjax.nn.transformer import Block
+from popjax.nn.transformer import Transformer
 from popjax.packing import pack
 from popjax.sparsity import ChannelPartition, thresholded_partition
 from tests.calibration.calibrated import config_of, file_of, params_of, statistics_of
@@ -197,13 +198,14 @@ def test_probe_pruning_takes_from_later_layers_what_the_first_keep() -> None:
 def decoded(method: Method, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
     """Output [T, D] and mask [T, F] of layer 0 under a method that is calibrated by its file."""
     found = method.calibrated(statistics_of("llama"), params_of("llama"), CONFIG, None)
-    held = {**mlp(), "calibrated": jnp.asarray(found.leaves["layer_0/mlp/calibrated"])}
-    part = cast(Any, method.plan(CONFIG, (held["calibrated"],) * 2).channels)[0]
+    thresholds = jnp.asarray(found.leaves["layer_0/mlp/calibrated"])
+    part = cast(Any, method.plan(CONFIG, (thresholds,) * 2).channels)[0]
     valid = jnp.ones(x.shape[:2], bool)
     given = (jnp.asarray(x), valid, part, None)
-    block = Block(CONFIG, CONFIG.layers[0], method, name="layer_0")
-    layer = {**params_of("llama")["layer_0"], "mlp": held}
-    y, mask = block.apply({"params": layer}, *given, method=lambda block, *x: block.mlp.decode(*x))
+    params = with_leaves(params_of("llama"), found.leaves)
+    model = Transformer(CONFIG, method)
+    run = cast(Any, lambda model, *arrays: model.layer_0.mlp.decode(*arrays))
+    y, mask = model.apply({"params": params}, *given, method=run)
     return np.asarray(y)[0], np.asarray(mask)[0], found
 
 

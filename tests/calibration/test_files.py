@@ -125,12 +125,11 @@ def test_channels_are_calibrated_and_used_from_the_command_line(
     assert measured.exit_code == 0, measured.stderr
     assert str(out) in measured.stdout
     asked = ("--ratio", "0.5", "--max-new-tokens", "4", "--json")
-    for name in ("wanda-sp", "chess"):
-        result = command("generate", PROMPT, "--method", name, "--statistics", str(out), *asked)
-        assert result.exit_code == 0, result.stderr
-        found = json.loads(result.stdout)
-        totals = found["report"]["totals"]
-        assert found["report"]["method"] == name and totals["read_bytes"] < totals["dense_bytes"]
+    result = command("generate", PROMPT, "--method", "chess", "--statistics", str(out), *asked)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)["report"]
+    assert report["method"] == "chess"
+    assert report["totals"]["read_bytes"] < report["totals"]["dense_bytes"]
     model = popjax.load(str(tiny_checkpoint))
     method = WandaSP(0.5, str(out))
     called = model.generate(PROMPT, method=method, max_new_tokens=4)

@@ -83,7 +83,9 @@ Gamma = Annotated[
 Prefill = Annotated[
     str | None,
     typer.Option(
-        help="How the prompt itself runs: partition, dense or probe.", rich_help_panel=_METHOD
+        help="How the prompt itself runs: partition, dense or probe; dense or masked with teal "
+        "and chess.",
+        rich_help_panel=_METHOD,
     ),
 ]
 Statistics = Annotated[

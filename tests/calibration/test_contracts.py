@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from popjax.continuation import continuation_logits
+from popjax.depth import PrefillPruning
+from popjax.eviction import LaProx
 from popjax.generate import PROGRAMS
 from popjax.run import RunResult
-from popjax.sparsity import channel_budget, rounded
+from popjax.sparsity import channel_budget, rounded, whole_partition
 from tests.calibration.calibrated import (
     EVERYTHING,
     MAKERS,
@@ -35,6 +37,7 @@ FAMILIES = ("llama", "gemma3_text", "opt")
 PAIRS = [(f, name) for f in FAMILIES for name in MAKERS if (f, name) != ("opt", "chess")]
 # Of what methods share these show one that plans before the prompt, and one with thresholds in
 # attention too; the others repeat it, and families differ in attention alone.
+LAYER = config_of("llama").layers[1]
 TELLING = [("llama", "flap"), ("llama", "chess")]
 
 
@@ -157,3 +160,19 @@ def test_thresholds_of_a_recorded_partition_are_obeyed_in_any_order() -> None:
     short = tuple(dataclasses.replace(p, threshold=jnp.zeros(3)) for p in parts)
     with pytest.raises(ValueError, match=r"thresholds of shape \(3,\) for 48 candidates"):
         ran("llama", request("llama", "chess", partition=short))
+
+
+@over([pair for pair in PAIRS if pair[0] == "llama"])
+def test_skipped_layers_and_eviction_go_with_calibration(family: str, name: str) -> None:
+    """A layer that saw no prompt is dense, unless the method decided before any prompt."""
+    shallow = ran(family, request(family, name, depth=PrefillPruning(choose=(1,))))
+    assert shallow.partition is not None and np.isfinite(logits_of(shallow)).all()
+    seen, unseen = shallow.partition
+    wanted = reference(family, name).partition
+    assert wanted is not None and seen.evaluated == wanted[0].evaluated
+    assert unseen.evaluated == (wanted[1] if name == "flap" else whole_partition(LAYER)).evaluated
+    evicted = ran(family, request(family, name, eviction=LaProx(tokens=4, window=3)))
+    assert evicted.kept is not None and np.isfinite(logits_of(evicted)).all()
+    assert evicted.partition is not None
+    for part, other in zip(evicted.partition, wanted, strict=True):
+        assert part.evaluated == other.evaluated

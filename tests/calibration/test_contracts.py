@@ -41,9 +41,8 @@ LAYER = config_of("llama").layers[1]
 TELLING = [("llama", "flap"), ("llama", "chess")]
 
 
-def over(pairs: Sequence[Pair], also: Sequence[Pair] = ()) -> pytest.MarkDecorator:
+def over(pairs: Sequence[Pair], plain: Sequence[Pair] = TELLING) -> pytest.MarkDecorator:
     """Parameters for all pairs, of which those that repeat what others show are slow."""
-    plain = (*TELLING, *also)
     rows = [pytest.param(*p, marks=[] if p in plain else [pytest.mark.slow]) for p in pairs]
     return pytest.mark.parametrize(("family", "name"), rows)
 
@@ -55,7 +54,7 @@ def assert_same_run(family: str, result: RunResult, wanted: RunResult, rows: Any
         assert (np.asarray(mask) == np.asarray(other)[:, rows]).all()
 
 
-@over(PAIRS, also=[("llama", name) for name in MAKERS])
+@over(PAIRS, plain=[("llama", name) for name in MAKERS])
 def test_pruning_nothing_is_dense_bit_for_bit(family: str, name: str) -> None:
     result, dense = ran(family, request(family, name, 0.0)), reference(family, "dense")
     assert (logits_of(result) == logits_of(dense)).all()
@@ -65,7 +64,7 @@ def test_pruning_nothing_is_dense_bit_for_bit(family: str, name: str) -> None:
     assert not np.allclose(logits_of(pruned)[:, 1:], logits_of(dense)[:, 1:], atol=1e-2)
 
 
-@over([p for p in PAIRS if p[1] not in THRESHOLDS], also=[("llama", name) for name in MAKERS])
+@over([p for p in PAIRS if p[1] not in THRESHOLDS], plain=[("llama", name) for name in MAKERS])
 def test_counts_are_those_asked_for(family: str, name: str) -> None:
     result, layers = reference(family, name), config_of(family).layers
     assert result.partition is not None and result.masks is not None
@@ -82,7 +81,7 @@ def test_counts_are_those_asked_for(family: str, name: str) -> None:
         assert np.asarray(mask).all() and mask.shape == (NEW - 1, len(PROMPTS), part.evaluated)
 
 
-@over([p for p in PAIRS if p[1] in THRESHOLDS], also=[("llama", "teal")])
+@over([p for p in PAIRS if p[1] in THRESHOLDS], plain=[("llama", "teal"), ("llama", "chess")])
 def test_thresholds_keep_about_the_share_asked_for(family: str, name: str) -> None:
     """Masks differ by token; 15 tokens of 88 channels lie within a tenth of the calibrated half."""
     masks = reference(family, name).masks
@@ -141,7 +140,7 @@ def test_teacher_forced_scores_are_those_of_single_steps(family: str, name: str)
     np.testing.assert_allclose(logits[:, :NEW], expected, rtol=0, atol=tolerance)
 
 
-@over([("llama", name) for name in MAKERS if name != "probe-pruning"])
+@over([("llama", name) for name in MAKERS if name != "probe-pruning"], plain=TELLING[1:])
 def test_a_prompt_in_pieces_is_the_prompt(family: str, name: str) -> None:
     pieces = ran(family, request(family, name, prefill_chunk=8))
     assert_same_run(family, pieces, reference(family, name))
@@ -162,7 +161,7 @@ def test_thresholds_of_a_recorded_partition_are_obeyed_in_any_order() -> None:
         ran("llama", request("llama", "chess", partition=short))
 
 
-@over([pair for pair in PAIRS if pair[0] == "llama"])
+@over([pair for pair in PAIRS if pair[0] == "llama"], plain=TELLING[:1])
 def test_skipped_layers_and_eviction_go_with_calibration(family: str, name: str) -> None:
     """A layer that saw no prompt is dense, unless the method decided before any prompt."""
     shallow = ran(family, request(family, name, depth=PrefillPruning(choose=(1,))))

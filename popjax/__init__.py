@@ -40,12 +40,17 @@ if TYPE_CHECKING:
     )
     from popjax.exporting import calibrated_partition, statically_pruned
     from popjax.methods import (
+        CHESS,
+        FLAP,
         METHODS,
+        TEAL,
         Frozen,
         Griffin,
         Method,
         OnlinePruning,
+        ProbePruning,
         RescoreAll,
+        WandaSP,
         method_named,
     )
     from popjax.model import Generation, LanguageModel, load
@@ -54,10 +59,13 @@ if TYPE_CHECKING:
     from popjax.sparsity import ChannelBudget, ChannelPartition, channel_budget
 
 __all__ = [
+    "CHESS",
     "DEPTH_METHODS",
+    "FLAP",
     "H2O",
     "KV_METHODS",
     "METHODS",
+    "TEAL",
     "AdaKV",
     "ChannelBudget",
     "ChannelPartition",
@@ -77,6 +85,7 @@ __all__ = [
     "OnlinePruning",
     "PrefillPruning",
     "PrefixKV",
+    "ProbePruning",
     "PyramidKV",
     "Report",
     "RescoreAll",
@@ -85,6 +94,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "Tova",
+    "WandaSP",
     "calibrated_partition",
     "channel_budget",
     "depth_method_named",

@@ -68,6 +68,13 @@ PARAMETERS: dict[str, str] = {
     # Of up: packed like its rows. That of down belongs to no channel, so it lies outside.
     "layer_{i}/mlp/up_bias": "F",
     "layer_{i}/mlp_bias": "D",
+    # What a method was calibrated to, beside the weights of its runs (`popjax.calibration`) and no
+    # part of a model: a number for each channel, a bias of down, and what inputs must exceed.
+    "layer_{i}/mlp/calibrated": "F",
+    "layer_{i}/mlp_compensation": "D",
+    "layer_{i}/mlp_threshold": "",
+    "layer_{i}/attn/q_threshold": "",
+    "layer_{i}/attn/o_threshold": "",
     # A mesh splits experts among devices, never the channels of one, and every device routes all
     # tokens: hence letters of their own for channels of an expert and for what a router chooses of.
     "layer_{i}/moe/router": "XD",

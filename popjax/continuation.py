@@ -18,6 +18,7 @@ import numpy as np
 from popjax import cache as kv
 from popjax import renumbering, sharding
 from popjax.buckets import bucket
+from popjax.calibration.prepared import prepared
 from popjax.config import ModelConfig
 from popjax.depth import DepthMethod
 from popjax.depth.applied import applied
@@ -72,9 +73,10 @@ def continuation_logits(
     stays of the prefix; `depth` says which layers the prefix skips. Raises ValueError as
     `continuation_logprobs`.
     """
-    mesh = sharding.mesh_of(params, config)
+    mesh, whole = sharding.mesh_of(params, config), (params, config)
     given = Request(prefixes, 1, method, partition=partition, eviction=eviction, depth=depth)
-    given, params, config, _ = applied(given, params, config, mesh)
+    given, params, config, layers = applied(given, params, config, mesh)
+    given, params, decoding = prepared(given, params, config, mesh, (*whole, layers))
     method = method.for_model(config)
     asked = _checked(config, dataclasses.replace(given, method=method), continuations)
     partition = renumbering.to_shards(asked.partition, config, mesh)
@@ -100,6 +102,7 @@ def continuation_logits(
         return first
     if partition is None:
         partition = plan_channels(outputs.statistics, config, method, mesh)
+    params = decoding
     if partition is not None:
         params, config, partition = pack(params, config, partition, mesh)
     steps_in = sharding.placed(_given_tokens(prefixes, continuations, room), "B", mesh)

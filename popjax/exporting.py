@@ -24,10 +24,15 @@ def calibrated_partition(
 ) -> Partitions:
     """The partition that `method` makes of token windows run together, all tokens counting alike.
 
-    Raises ValueError for a method that prunes no channels, or that leaves some to every step, and
-    for a mixture of experts.
+    Raises ValueError for a method that prunes no channels, or that leaves some to every step or is
+    calibrated by a file, and for a mixture of experts.
     """
     _check_no_experts(model)
+    if method.calibration is not None:
+        raise ValueError(
+            f"{method} is calibrated by a file, and may bring a bias or thresholds that no plain "
+            "checkpoint holds: use frozen or griffin"
+        )
     found = run(model.params, model.config, Request(windows, 1, method=method)).partition
     if found is None:
         raise ValueError(f"{method} prunes no FFN channels: name another method, such as frozen")
@@ -76,7 +81,8 @@ def _check_no_experts(model: LanguageModel) -> None:
 def _check_final(partition: Partitions) -> None:
     """Raise ValueError where candidates are left that every step would choose among."""
     for i, part in enumerate(partition):
-        if part.k_selected != part.num_candidate:
+        thresholds = getattr(part, "threshold", None) is not None
+        if thresholds or part.k_selected != part.num_candidate:
             raise ValueError(
                 f"the partition of layer {i} leaves {part.k_selected} of {part.num_candidate} "
                 "candidates to be chosen at every step, which no plain checkpoint can do: use "

@@ -18,6 +18,7 @@ from popjax.config import ModelConfig
 from popjax.depth.applied import without_others
 from popjax.depth.report import DepthReport, depth_report
 from popjax.expert_partition import ExpertPartition
+from popjax.generate import Masks
 from popjax.sparsity import Params, Partitions, unrouted
 
 
@@ -26,7 +27,8 @@ class LayerReport:
     """Channels of one layer, and bytes of FFN weights a token reads there, dense and now.
 
     Of a layer with experts: those of the experts that a token is routed to, with what every token
-    uses beside them only where that is pruned too.
+    uses beside them only where that is pruned too. Where thresholds choose, as many are active as
+    recorded masks had on, on average, and without such masks as many as could be.
     """
 
     channels: int
@@ -119,10 +121,11 @@ def layer_reports(
     itemsize: int,
     only_chosen: bool,
     by_index: bool = False,
+    masks: Masks | None = None,
 ) -> tuple[LayerReport, ...]:
     """One LayerReport a layer; without a partition every channel is retained.
 
-    by_index: whether rows of experts are fetched by index.
+    by_index: whether rows of experts are fetched by index. masks: those in use, where recorded.
     """
     reports = []
     for i, layer in enumerate(config.layers):
@@ -138,15 +141,26 @@ def layer_reports(
         if isinstance(part, ExpertPartition):
             # Only the CPU kernels leave rows of an expert unread; they read all of R u C.
             read = rows_read(part) * channel if by_index else dense
+        active = part.active
         retained, candidate = layer.routed * part.num_retained, layer.routed * part.num_candidate
         if alone is not None:
-            down = alone.active if only_chosen else alone.evaluated
-            read += alone.evaluated * (channel - row) + down * row
+            if alone.threshold is not None and masks is not None:
+                active = _mean_count(masks[i])
+            chosen = active if alone is part else alone.active
+            spared = alone.evaluated - chosen if only_chosen else 0
+            # A gate that is shut spares the row of up as well.
+            read += alone.evaluated * channel - spared * row * (2 if alone.point == "gate" else 1)
         if alone is not None and alone is not part:
             retained, candidate = retained + alone.num_retained, candidate + alone.num_candidate
             channels, dense = channels + layer.mlp_dim, dense + layer.mlp_dim * channel
-        reports.append(LayerReport(channels, retained, candidate, part.active, dense, read))
+        reports.append(LayerReport(channels, retained, candidate, active, dense, read))
     return tuple(reports)
+
+
+def _mean_count(mask: jax.Array) -> int:
+    """Channels on in a step of a row, on average over the steps [n, B, F] that were recorded."""
+    counts = np.asarray(mask).sum(axis=-1)
+    return round(float(np.mean(counts))) if counts.size else mask.shape[-1]
 
 
 def rows_read(part: ExpertPartition) -> int:
@@ -226,7 +240,8 @@ def make_report(
     params, config = without_others(params, config, result.layers)
     itemsize = params["embed"]["table"].dtype.itemsize
     by_index = result.implementation in NATIVE
-    layers = layer_reports(config, result.partition, itemsize, reads_only_chosen(result), by_index)
+    kinds = (reads_only_chosen(result), by_index, result.masks)
+    layers = layer_reports(config, result.partition, itemsize, *kinds)
     dense = bytes_per_token(config, params)
     saved = sum(layer.dense_bytes - layer.read_bytes for layer in layers)
     decode_steps = result.steps - 1

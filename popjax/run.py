@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from popjax import cache as kv
 from popjax import renumbering, sharding
 from popjax.buckets import bucket
+from popjax.calibration.prepared import prepared
 from popjax.config import ModelConfig
 from popjax.depth.applied import applied
 from popjax.depth.method import DepthPlan
@@ -94,8 +95,9 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     Raises ValueError, before anything is compiled, for a request that the model cannot serve, and
     after prefill or decode for channel scores or logits that are not finite.
     """
-    mesh = sharding.mesh_of(params, config)
+    mesh, whole = sharding.mesh_of(params, config), (params, config)
     request, params, config, layers = applied(request, params, config, mesh)
+    request, params, decoding = prepared(request, params, config, mesh, (*whole, layers))
     method = request.method.for_model(config)
     request = settled(request, config, method)
     implementation = chosen_implementation(request, params, mesh)
@@ -116,6 +118,7 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     with clock.phase("plan"):
         if partition is None:
             partition = plan_channels(outputs.statistics, config, method, mesh, params)
+    params = decoding
     packed_params, packed_config, packed = params, config, None
     with clock.phase("pack"):
         if partition is not None:

@@ -119,17 +119,20 @@ class ChannelPartition:
     """One layer's channels: `retained` [R] always on, `candidate` [C] re-decided at every step.
 
     Indices are int32 into the F channels, ascending; the others are off for this prompt.
-    `k_selected` candidates are on in a step. `candidate_norm` [C], the L2 norms of their rows of
-    down, and `packed` (weights hold exactly [R | C], in that order) are filled in by `pack`; so is
-    `indexed`, where decoding fetches these rows from the full weights instead.
+    `k_selected` candidates are on in a step, at most so many where each has a `threshold` [C] that
+    its activation must exceed, at `point` (see `Selection`). `candidate_norm` [C], the L2 norms of
+    their rows of down, and `packed` (weights hold exactly [R | C], in that order) are filled in by
+    `pack`; so is `indexed`, where decoding fetches these rows from the full weights instead.
     """
 
     retained: jax.Array
     candidate: jax.Array
     candidate_norm: jax.Array | None = None
+    threshold: jax.Array | None = None
     k_selected: int = struct.field(pytree_node=False, default=0)
     packed: bool = struct.field(pytree_node=False, default=False)
     indexed: bool = struct.field(pytree_node=False, default=False)
+    point: str = struct.field(pytree_node=False, default="product")
 
     @property
     def num_retained(self) -> int:
@@ -152,13 +155,20 @@ class ChannelPartition:
         kept = jnp.zeros((mlp_dim,), bool)
         return kept.at[self.retained].set(True).at[self.candidate].set(True)
 
-    def selection(
-        self, *, weighted: bool = True, shared: bool = False, point: str = "product"
-    ) -> Selection | None:
+    def selection(self, *, weighted: bool = True, shared: bool = False) -> Selection | None:
         """The choice of k_selected candidates by |h_i| ||Wd_i||_2, or |h_i|; None: all are on.
 
-        `shared`: one choice for the batch, by the L2 norm over it. `pack` provides the norms.
+        `shared`: one choice for the batch, by the L2 norm over it. `pack` provides the norms. With
+        thresholds the candidates that exceed them, each row and token for itself.
         """
+        if self.threshold is not None:
+            return Selection(
+                candidate=None if self.packed or self.num_retained == 0 else self.candidate,
+                threshold=self.threshold,
+                num_candidate=self.num_candidate,
+                k_selected=self.k_selected,
+                point=self.point,
+            )
         if self.k_selected == self.num_candidate:
             return None
         if weighted and self.candidate_norm is None:
@@ -171,7 +181,7 @@ class ChannelPartition:
             num_candidate=self.num_candidate,
             k_selected=self.k_selected,
             shared=shared,
-            point=point,
+            point=self.point,
         )
 
 
@@ -220,6 +230,14 @@ def partition_by_rank(scores: jax.Array, budget: ChannelBudget) -> ChannelPartit
         retained=jnp.sort(order[: budget.retained]),
         candidate=jnp.sort(order[budget.retained : split]),
         k_selected=budget.k_selected,
+    )
+
+
+def thresholded_partition(threshold: jax.Array, point: str = "product") -> ChannelPartition:
+    """Every channel a candidate, on where it exceeds its own of threshold [F] at `point`."""
+    every = jnp.arange(threshold.shape[0], dtype=jnp.int32)
+    return ChannelPartition(
+        every[:0], every, threshold=threshold, k_selected=threshold.shape[0], point=point
     )
 
 
@@ -286,7 +304,16 @@ def _checked_channels(i: int, part: ChannelPartition, layer: LayerConfig) -> Cha
             "the number of candidates"
         )
     retained, candidate = (jnp.asarray(np.sort(indices), jnp.int32) for indices in sets)
-    return ChannelPartition(retained, candidate, k_selected=int(part.k_selected))
+    threshold = part.threshold
+    if threshold is not None:
+        if threshold.shape != candidate.shape:
+            raise ValueError(
+                f"partition of layer {i} has thresholds of shape {threshold.shape} for "
+                f"{sets[1].size} candidates: give one each"
+            )
+        threshold = jnp.asarray(threshold, jnp.float32)[np.argsort(sets[1])]
+    counts = {"k_selected": int(part.k_selected), "point": part.point}
+    return ChannelPartition(retained, candidate, threshold=threshold, **counts)
 
 
 def keeps_order(part: ChannelPartition, mlp_dim: int) -> bool:

@@ -4,7 +4,9 @@
 
 Each window's prefix is prefilled and decides the partition; the tokens after it are scored as
 decode steps under each method (`popjax.continuation`). Prints a markdown table. The text is the
-caller's: none is shipped, and none of these methods is calibrated on it.
+caller's: none is shipped, and none of these methods is calibrated on it. Methods that are
+calibrated take part with --statistics, the file that `popjax calibrate channels` wrote from another
+text; --methods names those to run.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,18 @@ import popjax
 from popjax.bench import DENSE
 from popjax.evaluation.paired import Quality, paired_losses, text_windows
 from popjax.evaluation.protocols import Case
-from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
+from popjax.methods import (
+    CHESS,
+    FLAP,
+    TEAL,
+    Frozen,
+    Griffin,
+    Method,
+    OnlinePruning,
+    ProbePruning,
+    RescoreAll,
+    WandaSP,
+)
 
 METHODS: dict[str, Callable[[float], Method]] = {
     "griffin": lambda ratio: Griffin(ratio),
@@ -31,14 +44,50 @@ METHODS: dict[str, Callable[[float], Method]] = {
     "online-pruning, dense prefill": lambda ratio: OnlinePruning(ratio=ratio, prefill="dense"),
     "rescore-all": lambda ratio: RescoreAll(ratio),
 }
+# By ratio and the file of statistics.
+CALIBRATED: dict[str, Callable[[float, str], Method]] = {
+    "wanda-sp": WandaSP,
+    "flap": FLAP,
+    "probe-pruning": ProbePruning,
+    "teal": TEAL,
+    "teal, FFN alone": lambda ratio, file: TEAL(ratio, file, attention=False),
+    "teal, masked prefill": lambda ratio, file: TEAL(ratio, file, prefill="masked"),
+    "chess": CHESS,
+    "chess, FFN alone": lambda ratio, file: CHESS(ratio, file, attention=False),
+    "chess, dense prefill": lambda ratio, file: CHESS(ratio, file, prefill="dense"),
+}
+
+
+def chosen_methods(
+    names: Sequence[str] | None, statistics: Path | None
+) -> dict[str, Callable[[float], Method]]:
+    """The methods to run by name: those named, or all that need no file that was not given.
+
+    Raises ValueError for an unknown name, and for a calibrated method without statistics.
+    """
+    known = dict(METHODS)
+    if statistics is not None:
+        file = str(statistics)
+        known |= {
+            name: lambda ratio, make=make: make(ratio, file) for name, make in CALIBRATED.items()
+        }
+    for name in names or ():
+        if name not in known:
+            needs = " needs --statistics" if name in CALIBRATED else f" is none of {list(known)}"
+            raise ValueError(f"method {name!r}{needs}")
+    return known if names is None else {name: known[name] for name in names}
 
 
 def measure(
-    model: Any, windows: Sequence[Sequence[int]], prefix: int, ratios: Sequence[float]
+    model: Any,
+    windows: Sequence[Sequence[int]],
+    prefix: int,
+    ratios: Sequence[float],
+    methods: Mapping[str, Callable[[float], Method]] = METHODS,
 ) -> list[Quality]:
     """Quality of every method at every ratio."""
     cases = {(DENSE, 0.0): Case()}
-    cases |= {(k, r): Case(method=make(r)) for r in ratios for k, make in METHODS.items()}
+    cases |= {(k, r): Case(method=make(r)) for r in ratios for k, make in methods.items()}
     losses = paired_losses(model, windows, prefix, cases, progress(len(windows)))
     dense = losses[DENSE, 0.0]
     return [Quality(name, r, values, dense) for (name, r), values in losses.items()]
@@ -98,14 +147,17 @@ def publish(results: Sequence[Quality], protocol: str, path: Path | None) -> Non
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = window_parser(__doc__, 24, "decide the partition")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--methods", nargs="+", help="by name, as the table has them")
+    parser.add_argument("--statistics", type=Path, help="for methods that are calibrated")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; see `--help`."""
     asked = _arguments(argv)
+    methods = chosen_methods(asked.methods, asked.statistics)
     model, windows, count = loaded_windows(asked)
-    results = measure(model, windows, asked.prefix, asked.ratios)
+    results = measure(model, windows, asked.prefix, asked.ratios, methods)
     protocol = (
         f"{model.name}, {asked.windows} windows spread over {count} tokens: prefix of "
         f"{asked.prefix} decides, next {asked.scored} scored as decode steps; ± one standard error"

@@ -30,7 +30,7 @@ Methods = Annotated[
     typer.Option(
         "--method",
         help="online-pruning (default, without --depth or --kv), frozen, rescore-all or griffin; "
-        "may be repeated.",
+        "with --statistics wanda-sp, flap, probe-pruning, teal or chess; may be repeated.",
         rich_help_panel="Method",
     ),
 ]
@@ -72,6 +72,7 @@ def bench(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    statistics: options.Statistics = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
@@ -100,7 +101,7 @@ def bench(
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     alone = (shallow or eviction) and not (method or ratio or model_ratio)
-    pruning = {} if alone else _pruning(method, ratio, model_ratio, gamma, prefill)
+    pruning = {} if alone else _pruning(method, ratio, model_ratio, gamma, prefill, statistics)
     cases = _cases(pruning, shallow, eviction)
     scoring = frontier_options.chosen(text, figure, windows, prefix, scored)
     given = _given(prompt, prompt_file, prompt_tokens)
@@ -124,13 +125,21 @@ def _pruning(
     model_ratio: float | None,
     gamma: float | None,
     prefill: str | None,
+    statistics: Path | None,
 ) -> dict[str, Method]:
-    """Every method at every ratio, by name: with the ratio where there are several."""
+    """Every method at every ratio, by name: with the ratio where there are several.
+
+    Of several methods only those that are calibrated are given the statistics.
+    """
+    from popjax.methods import takes
+
     found = {}
     for name in names or ["online-pruning"]:
+        file = statistics if len(names or []) < 2 or takes(name, "statistics") else None
         for ratio in ratios or [None]:
             label = name if len(ratios or []) < 2 else f"{name} {ratio:g}"
-            found[label] = options.pruning_method(name, ratio, model_ratio, gamma, prefill)
+            given = (name, ratio, model_ratio, gamma, prefill, file)
+            found[label] = options.pruning_method(*given)
     return found
 
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from popjax.cli import options
 from popjax.cli.terminal import Status, command, stdout_console, write
 
+if TYPE_CHECKING:
+    from popjax.model import LanguageModel
+
+KINDS = ("prefill-pruning", "channels")
 What = Annotated[
-    str, typer.Argument(help="prefill-pruning: how much each layer matters to prompt and reply.")
+    str,
+    typer.Argument(
+        help="prefill-pruning: how much each layer matters to prompt and reply. channels: what FFN "
+        "channels do on a text, for --statistics."
+    ),
 ]
 Text = Annotated[Path, typer.Option("--text", help="UTF-8 text that prompts are cut from.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="New safetensors file for the scores.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="New safetensors file to write.")]
 Samples = Annotated[int, typer.Option(min=1, help="Prompts, spread over the text.")]
 PromptTokens = Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")]
 NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Tokens the model adds to each.")
+    int,
+    typer.Option("--max-new-tokens", min=1, help="Tokens the model adds to each; prefill-pruning."),
 ]
 
 
@@ -37,13 +46,13 @@ def calibrate(
     new_tokens: NewTokens = 32,
     seed: options.Seed = 0,
 ) -> None:
-    """Score a model's layers for `--depth prefill-pruning --layer-scores` (or short-gpt).
+    """Measure a model on text, for `--layer-scores` (prefill-pruning) or `--statistics` (channels).
 
-    Prompts are cut from the text and continued by the model itself.
+    Prompts are cut from the text; for prefill-pruning the model continues them.
     """
-    if what != "prefill-pruning":
+    if what not in KINDS:
         raise typer.BadParameter(
-            f"{what!r} measures nothing of a model: use prefill-pruning", param_hint="WHAT"
+            f"{what!r} measures nothing of a model: use {' or '.join(KINDS)}", param_hint="WHAT"
         )
     if out.exists():
         raise typer.BadParameter(f"{out} exists: choose another name", param_hint="--out")
@@ -51,11 +60,28 @@ def calibrate(
         raise typer.BadParameter(f"there is no file {text}", param_hint="--text")
     words = options.read_prompt(None, text)
     loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
+    prompts = cut(loaded.encode(words)[0], samples, prompt_tokens)
+    about = f"{samples} prompts of {prompt_tokens} tokens of {text.name}"
+    if what == "channels":
+        path = _channels(loaded, prompts, out, about)
+    else:
+        path = _layers(loaded, prompts, new_tokens, seed, out, f"{about}, {new_tokens} new each")
+    write(f"{path}\n")
+
+
+def _layers(
+    loaded: LanguageModel,
+    prompts: list[list[int]],
+    new_tokens: int,
+    seed: int,
+    out: Path,
+    about: str,
+) -> Path:
+    """Scores of layers in a new file, shown as a table too."""
     from popjax.cli.tables import layer_table
     from popjax.depth.artefact import save_scores
     from popjax.depth.importance import measure
 
-    prompts = cut(loaded.encode(words)[0], samples, prompt_tokens)
     with Status() as status:
         status.say("Compiling")
         scores = measure(
@@ -66,10 +92,26 @@ def calibrate(
             seed,
             lambda done: status.say(f"Prompt {done} of {len(prompts)} done"),
         )
-    about = f"{samples} prompts of {prompt_tokens} tokens of {text.name}, {new_tokens} new each"
     path = save_scores(out, scores, loaded.params, loaded.config, about)
     stdout_console().print(layer_table(scores, about))
-    write(f"{path}\n")
+    return path
+
+
+def _channels(loaded: LanguageModel, prompts: list[list[int]], out: Path, about: str) -> Path:
+    """Statistics of FFN channels in a new file."""
+    from popjax.calibration.measuring import measure
+    from popjax.calibration.statistics import save_statistics
+
+    runs = 2 * len(prompts)  # once for moments, once for magnitudes
+    with Status() as status:
+        status.say("Compiling")
+        found = measure(
+            loaded.params,
+            loaded.config,
+            prompts,
+            lambda done: status.say(f"Run {done} of {runs} done"),
+        )
+    return save_statistics(out, found, loaded.params, loaded.config, about)
 
 
 def cut(ids: list[int], count: int, length: int) -> list[list[int]]:

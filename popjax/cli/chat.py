@@ -39,6 +39,7 @@ def chat(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    statistics: options.Statistics = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
@@ -54,7 +55,12 @@ def chat(
 ) -> None:
     """Talk with a model that has a chat template. /reset starts anew, /exit or Ctrl-D ends."""
     chosen = options.chosen_method(
-        method, ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
+        method,
+        ratio=ratio,
+        model_ratio=model_ratio,
+        gamma=gamma,
+        prefill=prefill,
+        statistics=statistics,
     )
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     sampling = options.chosen_sampling(

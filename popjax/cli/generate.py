@@ -40,6 +40,7 @@ def generate(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    statistics: options.Statistics = None,
     kv: cache_options.Kv = None,
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
@@ -70,7 +71,12 @@ def generate(
     from popjax.methods import method_name
 
     chosen = options.chosen_method(
-        method, ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
+        method,
+        ratio=ratio,
+        model_ratio=model_ratio,
+        gamma=gamma,
+        prefill=prefill,
+        statistics=statistics,
     )
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     cache_options.check_pieces(eviction, chosen, kv_every, prefill_chunk)
@@ -100,6 +106,8 @@ def generate(
         "kv_every": kv_every,
         "prefill_chunk": prefill_chunk,
         "depth": shallow,
+        # What thresholds let through is known by the masks alone.
+        "record_masks": method_name(chosen) in ("teal", "chess"),
     }
     prompt_ids = loaded.encode(text, chat=chat)
     found = streamed(loaded, prompt_ids[0], chosen, wanted, quiet=json)

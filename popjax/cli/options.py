@@ -56,7 +56,8 @@ MethodName = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="dense, online-pruning, frozen, rescore-all or griffin.",
+        help="dense, online-pruning, frozen, rescore-all or griffin; with --statistics "
+        "wanda-sp, flap, probe-pruning, teal or chess.",
         rich_help_panel=_METHOD,
     ),
 ]
@@ -82,7 +83,16 @@ Gamma = Annotated[
 Prefill = Annotated[
     str | None,
     typer.Option(
-        help="How the prompt itself runs: partition, dense or probe.", rich_help_panel=_METHOD
+        help="How the prompt itself runs: partition, dense or probe; dense or masked with teal "
+        "and chess.",
+        rich_help_panel=_METHOD,
+    ),
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        help="The file that `popjax calibrate channels` wrote, for methods that are calibrated.",
+        rich_help_panel=_METHOD,
     ),
 ]
 Prompt = Annotated[
@@ -196,6 +206,7 @@ def chosen_method(
     model_ratio: float | None = None,
     gamma: float | None = None,
     prefill: str | None = None,
+    statistics: Path | None = None,
     default: str = "dense",
 ) -> Method:
     """The method that the options describe; any of its own options alone means online pruning."""
@@ -206,8 +217,13 @@ def chosen_method(
         "model_ratio": model_ratio,
         "gamma": gamma,
         "prefill": prefill,
+        "statistics": statistics,
     }
     if name is None:
+        if statistics is not None:
+            raise typer.BadParameter(
+                "statistics are for a method: give --method too", param_hint="--statistics"
+            )
         asked = any(value is not None for value in given.values())
         name = "online-pruning" if asked else default
     try:
@@ -238,6 +254,7 @@ def pruning_method(
     model_ratio: float | None,
     gamma: float | None,
     prefill: str | None,
+    statistics: Path | None = None,
 ) -> Method:
     """As `chosen_method`, for commands about pruning: half of the channels where none is said."""
     if name == "dense":
@@ -247,7 +264,12 @@ def pruning_method(
     if ratio is None and model_ratio is None:
         ratio = DEFAULT_RATIO
     return chosen_method(
-        name or "online-pruning", ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
+        name or "online-pruning",
+        ratio=ratio,
+        model_ratio=model_ratio,
+        gamma=gamma,
+        prefill=prefill,
+        statistics=statistics,
     )
 
 

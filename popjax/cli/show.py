@@ -43,6 +43,7 @@ def show(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    statistics: options.Statistics = None,
     max_new_tokens: options.MaxNewTokens = DEFAULT_STEPS,
     chat: options.Chat = False,
     layer: Layers = None,
@@ -62,8 +63,11 @@ def show(
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     chosen = None
     if eviction is None:
-        chosen = options.pruning_method(method, ratio, model_ratio, gamma, prefill)
-    elif any(value is not None for value in (method, ratio, model_ratio, gamma, prefill, layer)):
+        chosen = options.pruning_method(method, ratio, model_ratio, gamma, prefill, statistics)
+    elif any(
+        value is not None
+        for value in (method, ratio, model_ratio, gamma, prefill, statistics, layer)
+    ):
         raise typer.BadParameter(
             "a picture shows channels or cache entries: drop the options of one", param_hint="--kv"
         )

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import checkpoints
+from popjax import artefact
 from popjax.config import ModelConfig
-from popjax.fingerprint import fingerprint
 from popjax.sparsity import Params
 
 KIND, VERSION = "layer-scores", "1"
@@ -23,14 +23,7 @@ NAMES = ("prefill", "decode", "influence")
 
 def given_path(importance: Any) -> str:
     """The path that a depth method was given. Raises ValueError for anything but a path."""
-    if isinstance(importance, str | os.PathLike):
-        path = os.fspath(importance)
-        if isinstance(path, str):
-            return path
-    raise ValueError(
-        f"importance {importance!r} is not a path: give the file that `popjax calibrate "
-        "prefill-pruning` wrote"
-    )
+    return artefact.given_path("importance", importance, "popjax calibrate prefill-pruning")
 
 
 def save_scores(
@@ -45,8 +38,7 @@ def save_scores(
     about: what they were measured on. Raises CheckpointError where the path exists.
     """
     arrays = {name: np.asarray(scores[name], np.float32) for name in NAMES}
-    named = {"fingerprint": fingerprint(params, config), "about": about}
-    return checkpoints.save_bundle(path, KIND, VERSION, arrays, named)
+    return artefact.save_artefact(path, (KIND, VERSION), arrays, params, config, about=about)
 
 
 def load_scores(
@@ -56,13 +48,8 @@ def load_scores(
 
     Raises CheckpointError for a file that is damaged, of another version, or of another model.
     """
-    arrays, about = checkpoints.load_bundle(path, KIND, VERSION)
-    mine = fingerprint(params, config)
-    if about.get("fingerprint") != mine:
-        raise checkpoints.CheckpointError(
-            f"{path} holds layer scores of another model (fingerprint {about.get('fingerprint')}, "
-            f"this one has {mine}): calibrate this one"
-        )
+    words = ("layer scores", "calibrate this one")
+    arrays = artefact.load_artefact(path, (KIND, VERSION), params, config, words)
     shapes = {name: array.shape for name, array in arrays.items()}
     if shapes != dict.fromkeys(NAMES, (config.num_layers,)):
         raise checkpoints.CheckpointError(

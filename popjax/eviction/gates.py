@@ -20,8 +20,8 @@ import numpy as np
 import checkpoints
 from checkpoints.safetensors_files import SafetensorsFolder, read_header
 from popjax import axes
+from popjax.artefact import load_artefact, save_artefact
 from popjax.config import ModelConfig
-from popjax.fingerprint import fingerprint
 from popjax.sparsity import Params
 
 KIND, VERSION = "gates", "1"
@@ -98,8 +98,7 @@ def save_gates(
     Raises CheckpointError where the path exists.
     """
     arrays = {f"layer_{i}/{name}": gate[name] for i, gate in enumerate(gates) for name in NAMES}
-    about = {"fingerprint": fingerprint(without_gates(params), config)}
-    return checkpoints.save_bundle(path, KIND, VERSION, arrays, about)
+    return save_artefact(path, (KIND, VERSION), arrays, without_gates(params), config)
 
 
 def load_gates(path: str | os.PathLike[str], params: Params, config: ModelConfig) -> Gates:
@@ -108,13 +107,8 @@ def load_gates(path: str | os.PathLike[str], params: Params, config: ModelConfig
     Raises CheckpointError for a file that is damaged, of another version, or of another model.
     """
     _refuse_pickle(Path(path))
-    arrays, about = checkpoints.load_bundle(path, KIND, VERSION)
-    mine = fingerprint(without_gates(params), config)
-    if about.get("fingerprint") != mine:
-        raise checkpoints.CheckpointError(
-            f"{path} holds gates of another model (fingerprint {about.get('fingerprint')}, this "
-            f"one has {mine}): train gates for this one"
-        )
+    words = ("gates", "train gates for this one")
+    arrays = load_artefact(path, (KIND, VERSION), without_gates(params), config, words)
     return _checked(path, arrays, "layer_{}/{}", dict(zip(NAMES, NAMES, strict=True)), config)
 
 

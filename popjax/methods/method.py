@@ -24,6 +24,19 @@ def channels(x: jax.Array, mlp: Params, activation: str) -> jax.Array:
     return gated_channels(x, mlp.get("gate"), mlp["up"], activation, mlp.get("up_bias"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """What a calibrated method brings to a run, before a prompt is seen.
+
+    leaves: arrays beside the weights by path, and `decoding` those that the prompt does without;
+    partition: that which holds for the whole run, None where the method plans one.
+    """
+
+    leaves: dict[str, Any]
+    partition: Any = None
+    decoding: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class LayerActs:
     """What one layer shows to `observe` during prefill.
 
@@ -78,6 +91,21 @@ class Method:
     def for_model(self, config: ModelConfig) -> Method:
         """This method with model-dependent settings resolved; ValueError if it cannot apply."""
         return self
+
+    @property
+    def calibration(self) -> str | None:
+        """The file of statistics that the method is calibrated by; None where it needs none."""
+        return None
+
+    def calibrated(
+        self, statistics: Any, params: Params, config: ModelConfig, partition: Any
+    ) -> Calibrated:
+        """What the method makes of a `ChannelStatistics` of the layers that run.
+
+        partition: the one that the caller gave. "layer_{i}/mlp/calibrated" [F] is then among the
+        parameters that `observe` gets.
+        """
+        return Calibrated({}, partition)
 
     @property
     def whole_prompt(self) -> bool:

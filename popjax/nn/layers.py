@@ -81,7 +81,12 @@ class Attention(nn.Module):
         `kept` adds what an eviction left of the layer. The third result is what it saw. Without
         positions nothing attends: tokens leave keys and values, and the other results are None.
         """
-        *q, k, v = self._heads(x, "kv" if positions is None else "qkv")
+        if self._threshold("q") is None:
+            *q, k, v = self._heads(x, "kv" if positions is None else "qkv")
+        else:
+            # Keys and values stay in the cache, and are of the whole input.
+            k, v = self._heads(x, "kv")
+            q = [] if positions is None else self._heads(ops.above(x, self._threshold("q")), "q")
         if self.config.qk_norm:
             k = self._normed(k, "k")
         if table is not None:
@@ -99,11 +104,16 @@ class Attention(nn.Module):
             q = ops.scaled(q, self.config.query_scale * math.sqrt(self.layer.head_dim))
         options = (self.layer.window, self.implementation, kept, self.layer.softcap)
         out = ops.cached_attention(q, cache.k, cache.v, *positions, *options)
+        out = ops.above(out, self._threshold("o"))
         y = ops.heads_out(out, declare(self, "o", self.config), self.implementation)
         y = summed(y, self.shards)
         if self.config.o_bias:
             y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
         return y, cache, AttentionActs(x, q, cache.k, cache.v, *positions, slot)
+
+    def _threshold(self, name: str) -> jax.Array | None:
+        """What inputs of q or o must exceed in a calibrated run; None in any other."""
+        return self.get_variable("params", f"{name}_threshold")
 
     def _normed(self, heads: jax.Array, name: str) -> jax.Array:
         """RMS norm of q or k [B, T, heads, H], over each head or all of them."""
@@ -159,7 +169,11 @@ class Mlp(nn.Module):
     def _weights(self) -> Params:
         matrices = {"gate": self.gate, "up": self.up, "down": self.down}
         held = {name: w.reshape(w.shape[0], -1) for name, w in matrices.items() if w is not None}
-        return held if self.up_bias is None else {**held, "up_bias": self.up_bias}
+        vectors = {
+            "up_bias": self.up_bias,
+            "calibrated": self.get_variable("params", "calibrated"),
+        }
+        return held | {name: vector for name, vector in vectors.items() if vector is not None}
 
     def prefill(
         self,
@@ -177,6 +191,9 @@ class Mlp(nn.Module):
         acts = LayerActs(x, residual, valid, weights, activation, self.shards)
         statistic = self.method.observe(weights, acts)
         part = self.method.prefill_partition(statistic, self.layer, given)
+        if part is not None and part.threshold is not None:
+            # As thresholds go, prompt tokens are like any other.
+            return self.decode(x, valid, part, None)[0], statistic
         if part is None or keeps_order(part, self.layer.mlp_dim):
             return project(acts.channels(), weights["down"]), statistic
         if acts.evaluated:

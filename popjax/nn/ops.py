@@ -64,6 +64,18 @@ def soft_capped(scores: jax.Array, softcap: float | None) -> jax.Array:
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
+def shifted(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """y [B, T, D] plus bias [D] in the dtype of y; None leaves it."""
+    return y if bias is None else y + bias.astype(y.dtype)[None, None, :]
+
+
+def above(x: jax.Array, threshold: jax.Array | None) -> jax.Array:
+    """x with magnitudes up to a threshold (scalar, float32) taken for zero; None leaves it."""
+    if threshold is None:
+        return x
+    return jnp.where(jnp.abs(x).astype(jnp.float32) > threshold, x, jnp.zeros((), x.dtype))
+
+
 def scaled(x: jax.Array, factor: float) -> jax.Array:
     """x times factor, worked in float32 and cast back; x itself for 1."""
     return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)

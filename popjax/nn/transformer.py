@@ -153,16 +153,19 @@ class Block(nn.Module):
         gate: jax.Array | None = None,
     ) -> Any:
         read, x, cache, seen = self.attend(x, *context, gate=gate)
-        y, statistic = self.ffn.prefill(self._read(read, "mlp_norm"), read, valid, given)
+        y, statistic = self.ffn.prefill(self._mlp_input(read), read, valid, given)
         return x + gated(self._projected(y), gate), cache, (statistic, seen)
 
     def decode(self, x: jax.Array, valid: jax.Array, part: Any, mask: Any, *context: Any) -> Any:
         read, x, cache, seen = self.attend(x, *context)
-        y, mask = self.ffn.decode(self._read(read, "mlp_norm"), valid, part, mask)
+        y, mask = self.ffn.decode(self._mlp_input(read), valid, part, mask)
         return x + self._projected(y), cache, (mask, seen)
 
     def _read(self, x: jax.Array, norm: str) -> jax.Array:
         return x if self.config.norm_place == "post" else getattr(self, norm)(x)
+
+    def _mlp_input(self, x: jax.Array) -> jax.Array:
+        return ops.above(self._read(x, "mlp_norm"), self.get_variable("params", "mlp_threshold"))
 
     def _given(self, y: jax.Array, norm: str) -> jax.Array:
         return y if self.config.norm_place == "pre" else getattr(self, norm)(y)
@@ -171,7 +174,9 @@ class Block(nn.Module):
         """What the MLP adds to the stream, of its channels' sum y [B, T, D]."""
         y = summed(y, self.shards)
         if self.config.mlp_bias:
-            y = y + self.mlp_bias.astype(y.dtype)[None, None, :]
+            y = ops.shifted(y, self.mlp_bias)
+        # What removed channels gave on average (`methods.flap`): a bias of down like any.
+        y = ops.shifted(y, self.get_variable("params", "mlp_compensation"))
         return self._given(y, "mlp_out_norm")
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import popjax
-from popjax import Frozen, LanguageModel, OnlinePruning
+from popjax import FLAP, Frozen, LanguageModel, OnlinePruning
 from popjax.continuation import continuation_logits
 from popjax.exporting import calibrated_partition, statically_pruned
 from popjax.families import family_of, model_config
 from popjax.methods import Method
-from popjax.sparsity import ChannelPartition, whole_partition
+from popjax.sparsity import ChannelPartition, thresholded_partition, whole_partition
 from tests.popjax.published_models import PARAMETER_COUNTS
 from tests.popjax.tiny_models import PROMPTS, logit_tolerance, random_params, tiny
 
@@ -66,6 +66,14 @@ def test_all_channels_give_the_model_itself(tiny_model: LanguageModel) -> None:
 def test_a_choice_at_every_step_is_refused(tiny_model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="candidates to be chosen at every step"):
         calibrated_partition(tiny_model, PROMPTS, OnlinePruning(0.5))
+    thresholds = tuple(thresholded_partition(jnp.ones(48)) for _ in range(2))
+    with pytest.raises(ValueError, match="48 of 48 candidates to be chosen at every step"):
+        statically_pruned(tiny_model, thresholds)
+
+
+def test_what_may_bring_a_bias_is_refused(tiny_model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="is calibrated by a file, and may bring a bias"):
+        calibrated_partition(tiny_model, PROMPTS, FLAP(0.5, "file"))
 
 
 def test_dense_is_refused(tiny_model: LanguageModel) -> None:

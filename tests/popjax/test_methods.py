@@ -13,13 +13,18 @@ from kernels_pallas.masked_mlp.selection import scores as step_scores
 from popjax.families import model_config
 from popjax.generate import PROGRAMS, Options
 from popjax.methods import (
+    CHESS,
+    FLAP,
     METHODS,
+    TEAL,
     Frozen,
     Griffin,
     LayerActs,
     Method,
     OnlinePruning,
+    ProbePruning,
     RescoreAll,
+    WandaSP,
     method_name,
     method_named,
 )
@@ -255,9 +260,18 @@ def test_model_ratio_becomes_the_ffn_ratio_of_the_model() -> None:
         OnlinePruning(model_ratio=1.0).for_model(CONFIG)
 
 
+CALIBRATED = ("wanda-sp", "flap", "probe-pruning", "teal", "chess")
+
+
+def calibrated(name: str) -> Method:
+    return method_named(name, ratio=0.5, statistics="a file")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_named_hashable_and_final(name: str) -> None:
-    options = {} if name == "dense" else {"ratio": 0.5}
+    options: dict[str, Any] = {} if name == "dense" else {"ratio": 0.5}
+    if name in CALIBRATED:
+        options["statistics"] = "a file"
     method = method_named(name, **options, gamma=None)
     assert method_name(method) == name
     assert method == method_named(name, **options)
@@ -329,10 +343,21 @@ def test_a_method_announces_what_its_plan_evaluates(method: Method) -> None:
         (lambda: Griffin(-1), "ratio -1 is outside"),
         (lambda: RescoreAll(math.inf), "ratio inf is outside"),
         (lambda: method_named("frosen", ratio=0.5), "'frosen' is unknown: .* nearest is 'frozen'"),
-        (lambda: method_named("xyz"), "'xyz' is unknown: use one of dense, .*griffin$"),
+        (lambda: method_named("xyz"), "'xyz' is unknown: use one of dense, .*griffin.*chess$"),
         (lambda: method_named("griffin", ratio=0.5, gamma=0.1), "'griffin' has no option 'gamma'"),
         (lambda: method_named("dense", ratio=0.5), "'dense' has no option 'ratio': .* none"),
         (lambda: method_named("frozen"), "method 'frozen' needs a ratio"),
+        (lambda: method_named("flap", ratio=0.5), "method 'flap' needs statistics: give the file"),
+        (lambda: WandaSP(0.5, 3), "statistics 3 is not a path"),  # type: ignore[arg-type]
+        (lambda: FLAP(-1, "file"), "ratio -1 is outside"),
+        (lambda: ProbePruning(0.5, "file", dense_layers=-1), "dense_layers -1 is not a whole"),
+        (lambda: TEAL(0.5, "file", prefill="half"), "prefill 'half' is unknown"),
+        (lambda: CHESS(0.5, "file", attention=1), "attention 1 is not a bool"),  # type: ignore[arg-type]
+        (lambda: CHESS(0.5, "file").for_model(CONFIGS["opt"]), "chess closes gates, and the FFN"),
+        *(
+            (lambda name=name: calibrated(name).for_model(CONFIGS["qwen2_moe"]), "has experts")
+            for name in CALIBRATED
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Any, complaint: str) -> None:

@@ -13,9 +13,9 @@ from popjax.continuation import continuation_logprobs
 from popjax.evaluation.paired import Quality
 from popjax.evaluation.statistics import standard_error
 from popjax.evaluation.windows import cut_windows
-from popjax.methods import Method, OnlinePruning
+from popjax.methods import CHESS, Method, OnlinePruning, WandaSP
 from scripts import quality
-from scripts.quality import METHODS
+from scripts.quality import CALIBRATED, METHODS, chosen_methods
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. " * 8
 SHORT = ["--windows", "3", "--prefix", "16", "--scored", "8", "--ratios", "0.5"]
@@ -79,6 +79,19 @@ def test_the_script_scores_what_it_says(
         arguments = (loaded.params, loaded.config, method)
         logprobs = continuation_logprobs(*arguments, window[:16], window[16:])
         assert row["windows"][1] == pytest.approx(-np.mean(logprobs, dtype=np.float64))
+
+
+def test_methods_are_named_and_calibrated_ones_need_statistics() -> None:
+    assert chosen_methods(None, None) == METHODS
+    every = chosen_methods(None, Path("file"))
+    assert list(every) == [*METHODS, *CALIBRATED]
+    assert every["wanda-sp"](0.3) == WandaSP(0.3, "file")
+    assert every["chess, dense prefill"](0.3) == CHESS(0.3, "file", prefill="dense")
+    assert list(chosen_methods(["flap", "griffin"], Path("file"))) == ["flap", "griffin"]
+    with pytest.raises(ValueError, match="method 'flap' needs --statistics"):
+        chosen_methods(["flap"], None)
+    with pytest.raises(ValueError, match="method 'flop' is none of"):
+        chosen_methods(["flop"], None)
 
 
 def test_a_text_that_is_too_short_says_so(tiny_checkpoint: Path, tmp_path: Path) -> None:

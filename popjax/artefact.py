@@ -1,0 +1,71 @@
+"""Arrays that were made with one model, in a file that names the model and is refused for others.
+
+Leaves out what the arrays mean and whether they are complete: their readers check that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import checkpoints
+from popjax.config import ModelConfig
+from popjax.fingerprint import fingerprint
+from popjax.sparsity import Params
+
+
+def save_artefact(
+    path: str | os.PathLike[str],
+    form: tuple[str, str],
+    arrays: Mapping[str, Any],
+    params: Params,
+    config: ModelConfig,
+    **about: str,
+) -> Path:
+    """Write arrays of this model into one new safetensors file; returns its path.
+
+    form: kind and version. Raises CheckpointError where the path exists.
+    """
+    named = {"fingerprint": fingerprint(params, config), **about}
+    return checkpoints.save_bundle(path, *form, arrays, named)
+
+
+def load_artefact(
+    path: str | os.PathLike[str],
+    form: tuple[str, str],
+    params: Params,
+    config: ModelConfig,
+    words: tuple[str, str],
+) -> dict[str, np.ndarray]:
+    """The arrays that `save_artefact` wrote for this model.
+
+    words: what they are, and what to do about those of another model. Raises CheckpointError for a
+    file that is damaged, of another kind or version, or of another model.
+    """
+    arrays, about = checkpoints.load_bundle(path, *form)
+    mine, (what, remedy) = fingerprint(params, config), words
+    if about.get("fingerprint") != mine:
+        raise checkpoints.CheckpointError(
+            f"{path} holds {what} of another model (fingerprint {about.get('fingerprint')}, this "
+            f"one has {mine}): {remedy}"
+        )
+    return arrays
+
+
+def given_path(name: str, value: Any, command: str) -> str:
+    """The path that a method was given as `name`. Raises ValueError for anything but a path.
+
+    command: what writes such files.
+    """
+    if isinstance(value, str | os.PathLike):
+        path = os.fspath(value)
+        if isinstance(path, str):
+            return path
+    raise ValueError(f"{name} {value!r} is not a path: give the file that `{command}` wrote")
+
+
+__all__ = ["given_path", "load_artefact", "save_artefact"]

@@ -9,6 +9,8 @@ what every token uses beside them is split as any FFN.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,9 @@ def _by_shard(
             "of F: use a partition made on this mesh"
         )
     retained, candidate = (jnp.asarray(indices % width, jnp.int32) for indices in sets.values())
-    return ChannelPartition(retained, candidate, k_selected=part.k_selected // shards)
+    chosen = part.k_selected // shards
+    # Candidates ascend over all shards, so their factors lie by shard as they are.
+    return dataclasses.replace(part, retained=retained, candidate=candidate, k_selected=chosen)
 
 
 def from_shards(
@@ -86,9 +90,8 @@ def _over_all(part: ChannelPartition | None, width: int, shards: int) -> Channel
     def counted(indices: jax.Array) -> jax.Array:
         return jnp.asarray((sharding.fetched(indices).reshape(shards, -1) + starts).reshape(-1))
 
-    return ChannelPartition(
-        counted(part.retained), counted(part.candidate), k_selected=part.k_selected * shards
-    )
+    places = {"retained": counted(part.retained), "candidate": counted(part.candidate)}
+    return dataclasses.replace(part, **places, k_selected=part.k_selected * shards)
 
 
 def masks_to_shards(

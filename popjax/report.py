@@ -140,8 +140,9 @@ def layer_reports(
             read = rows_read(part) * channel if by_index else dense
         retained, candidate = layer.routed * part.num_retained, layer.routed * part.num_candidate
         if alone is not None:
+            late = row * (2 if alone.point == "gate" else 1)
             down = alone.active if only_chosen else alone.evaluated
-            read += alone.evaluated * (channel - row) + down * row
+            read += alone.evaluated * (channel - late) + down * late
         if alone is not None and alone is not part:
             retained, candidate = retained + alone.num_retained, candidate + alone.num_candidate
             channels, dense = channels + layer.mlp_dim, dense + layer.mlp_dim * channel

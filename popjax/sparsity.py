@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kernels_pallas.masked_mlp import Selection
+from kernels_pallas.masked_mlp import POINTS, Selection
 from popjax.config import LayerConfig, ModelConfig
 from popjax.expert_partition import ExpertPartition, checked_experts
 
@@ -66,6 +66,34 @@ def channel_budget(
     evaluated = up(mlp_dim - rounded(max(ratio - delta, 0.0) * mlp_dim))
     active = min(max(up(mlp_dim - rounded(ratio * mlp_dim)), retained), evaluated)
     return ChannelBudget(retained, evaluated - retained, active - retained)
+
+
+def rows_of_online_pruning(mlp_dim: int, ratio: float) -> int:
+    """Rows of gate, up and down that a step of online pruning reads of F channels.
+
+    Gate and up of R + C each and down of the chosen, with its default band gamma = 0.1: close to
+    (2 (1 - r + 0.05) + 1 - r) F. What methods of other forms spend for the same bytes.
+    """
+    budget = channel_budget(mlp_dim, ratio, 0.05)
+    return 2 * budget.evaluated + budget.active
+
+
+def rows_with_dense_ends(widths: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """Rows of each layer where the first and last of F channels have all 3 F, at the same sum.
+
+    What is left is shared among the others in proportion to `rows`. Raises ValueError where
+    nothing is.
+    """
+    whole = [3 * F if i in (0, len(rows) - 1) else 0 for i, F in enumerate(widths)]
+    inner = sum(n for n, full in zip(rows, whole, strict=True) if not full)
+    left, wanted = sum(rows) - sum(whole), sum(3 * F for F in widths)
+    if sum(rows) < wanted and left <= 0:
+        raise ValueError(
+            f"ends 'dense' leave the first and last of {len(rows)} layers whole, which alone is "
+            f"more than the {sum(rows) / wanted:.0%} of FFN weights asked for: lower the ratio, or "
+            "give ends='pruned'"
+        )
+    return [full or n * left // inner for n, full in zip(rows, whole, strict=True)]
 
 
 def warn_of_rounding(config: ModelConfig, ratio: float, delta: float, granularity: int) -> None:
@@ -120,14 +148,18 @@ class ChannelPartition:
 
     Indices are int32 into the F channels, ascending; the others are off for this prompt.
     `k_selected` candidates are on in a step. `candidate_norm` [C], the L2 norms of their rows of
-    down, and `packed` (weights hold exactly [R | C], in that order) are filled in by `pack`; so is
-    `indexed`, where decoding fetches these rows from the full weights instead.
+    down times `candidate_factor` [C] where there is one, and `packed` (weights hold exactly
+    [R | C], in that order) are filled in by `pack`; so is `indexed`, where decoding fetches these
+    rows from the full weights instead. point: what candidates are scored by, one of
+    `masked_mlp.POINTS`: by their gate, rows of up too are read only where chosen.
     """
 
     retained: jax.Array
     candidate: jax.Array
     candidate_norm: jax.Array | None = None
+    candidate_factor: jax.Array | None = None
     k_selected: int = struct.field(pytree_node=False, default=0)
+    point: str = struct.field(pytree_node=False, default="product")
     packed: bool = struct.field(pytree_node=False, default=False)
     indexed: bool = struct.field(pytree_node=False, default=False)
 
@@ -152,12 +184,11 @@ class ChannelPartition:
         kept = jnp.zeros((mlp_dim,), bool)
         return kept.at[self.retained].set(True).at[self.candidate].set(True)
 
-    def selection(
-        self, *, weighted: bool = True, shared: bool = False, point: str = "product"
-    ) -> Selection | None:
+    def selection(self, *, weighted: bool = True, shared: bool = False) -> Selection | None:
         """The choice of k_selected candidates by |h_i| ||Wd_i||_2, or |h_i|; None: all are on.
 
-        `shared`: one choice for the batch, by the L2 norm over it. `pack` provides the norms.
+        At the point "gate" by |act(g_i)| instead of |h_i|. `shared`: one choice for the batch, by
+        the L2 norm over it. `pack` provides the norms.
         """
         if self.k_selected == self.num_candidate:
             return None
@@ -171,7 +202,7 @@ class ChannelPartition:
             num_candidate=self.num_candidate,
             k_selected=self.k_selected,
             shared=shared,
-            point=point,
+            point=self.point,
         )
 
 
@@ -286,7 +317,24 @@ def _checked_channels(i: int, part: ChannelPartition, layer: LayerConfig) -> Cha
             "the number of candidates"
         )
     retained, candidate = (jnp.asarray(np.sort(indices), jnp.int32) for indices in sets)
-    return ChannelPartition(retained, candidate, k_selected=int(part.k_selected))
+    factor = _checked_factor(i, part, np.argsort(sets[1]))
+    fields: dict[str, Any] = {"candidate_factor": factor, "point": part.point}
+    return ChannelPartition(retained, candidate, k_selected=int(part.k_selected), **fields)
+
+
+def _checked_factor(i: int, part: ChannelPartition, order: np.ndarray) -> jax.Array | None:
+    """The factors [C] of the candidates put in order; ValueError unless they are that many."""
+    if part.point not in POINTS:
+        raise ValueError(f"point {part.point!r} of layer {i} is unknown: use one of {POINTS}")
+    if part.candidate_factor is None:
+        return None
+    factor = np.asarray(part.candidate_factor, np.float32)
+    if factor.shape != order.shape:
+        raise ValueError(
+            f"candidate_factor of layer {i} has shape {factor.shape}, expected {order.shape}: give "
+            "each candidate one"
+        )
+    return jnp.asarray(factor[order])
 
 
 def keeps_order(part: ChannelPartition, mlp_dim: int) -> bool:

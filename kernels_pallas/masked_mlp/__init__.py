@@ -1,11 +1,11 @@
 """Feed-forward layer of a pruned decode step: evaluate channels, choose, project the chosen.
 
 Implementations. `xla`: unchosen channels are multiplied by zero and every row of `down` is read.
-`xla_gathered`: only the chosen rows of `down` are, which on XLA's CPU backend costs three to four
-times a dense product (measured). `native`: the CPU kernels, which read only what is used.
-`auto`: native where the cost model finds it faster, else xla. `pallas_tpu` and `pallas_gpu`: the
-kernels of an accelerator; `pallas_interpret`: those for TPUs interpreted on any device, slowly, to
-check them.
+`xla_gathered`: only the chosen rows of `down` are, and by the gate alone those of `up`, which on
+XLA's CPU backend costs three to four times a dense product (measured). `native`: the CPU kernels,
+which read only what is used. `auto`: native where the cost model finds it faster, else xla.
+`pallas_tpu` and `pallas_gpu`: the kernels of an accelerator; `pallas_interpret`: those for TPUs
+interpreted on any device, slowly, to check them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kernels_pallas.masked_mlp import checks, listed, native
 from kernels_pallas.masked_mlp.reference import (
     ACTIVATIONS,
     gated_channels,
+    gated_gathered,
     project,
     project_gathered,
 )
@@ -75,6 +76,8 @@ def masked_mlp(
     if selection is not None and selection.point == "gate":
         a = ACTIVATIONS[activation](expand(x, gate))
         mask = choose(a, selection) if given is None else given
+        if implementation == "xla_gathered":
+            return gated_gathered(a, x, up, down, mask, _active(selection, mask)), mask
         h = a * expand(x, up)
     else:
         h = gated_channels(x, gate, up, activation)

@@ -63,10 +63,31 @@ def project_gathered(h: jax.Array, down: jax.Array, mask: jax.Array, count: int)
     h, mask [B, T, F] with exactly `count` channels on in every [b, t]; down [F, D]. Equal to
     `project` up to the order of summation, and like it in the dtype of h.
     """
-    # The chosen channels in ascending order: argsort of a boolean is a stable partition.
+    rows = _chosen_rows(mask, h.shape, count)
+    return _summed(jnp.take_along_axis(h, rows, axis=-1), down, rows, h.dtype)
+
+
+def gated_gathered(
+    a: jax.Array, x: jax.Array, up: jax.Array, down: jax.Array, mask: jax.Array, count: int
+) -> jax.Array:
+    """y [B, T, D] of activated gates a [B, T, F], reading only the chosen rows of up and of down.
+
+    x [B, T, D]; the rest as of `project_gathered`.
+    """
+    rows = _chosen_rows(mask, a.shape, count)
+    taken = up.at[rows].get(mode="promise_in_bounds")
+    u = jnp.einsum("BTD,BTFD->BTF", x.astype(taken.dtype), taken).astype(a.dtype)
+    return _summed(jnp.take_along_axis(a, rows, axis=-1) * u, down, rows, a.dtype)
+
+
+def _chosen_rows(mask: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
+    """The `count` channels [B, T, count] that each mask chooses, ascending."""
+    # argsort of a boolean is a stable partition.
     rows = jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
-    rows = jnp.broadcast_to(rows, (*h.shape[:-1], count))
-    chosen = jnp.take_along_axis(h, rows, axis=-1)
+    return jnp.broadcast_to(rows, (*shape[:-1], count))
+
+
+def _summed(h: jax.Array, down: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # Not jnp.take, which answers with another shape where there is no channel at all.
     taken = down.at[rows].get(mode="promise_in_bounds")
-    return jnp.einsum("BTF,BTFD->BTD", chosen.astype(taken.dtype), taken).astype(h.dtype)
+    return jnp.einsum("BTF,BTFD->BTD", h.astype(taken.dtype), taken).astype(dtype)

@@ -25,8 +25,8 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="online-pruning (default, without --depth), frozen, rescore-all or griffin; may be "
-        "repeated.",
+        help="online-pruning (default, without --depth), frozen, rescore-all, gate-first or "
+        "griffin; may be repeated.",
         rich_help_panel="Method",
     ),
 ]

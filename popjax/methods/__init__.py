@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from popjax.methods.frozen import Frozen
+from popjax.methods.gate_first import GateFirst
 from popjax.methods.griffin import Griffin
 from popjax.methods.method import LayerActs, Method, check_evaluated
 from popjax.methods.online_pruning import OnlinePruning
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "online-pruning": OnlinePruning,
     "frozen": Frozen,
     "rescore-all": RescoreAll,
+    "gate-first": GateFirst,
     "griffin": Griffin,
 }
 
@@ -41,6 +43,7 @@ def method_name(method: Method) -> str:
 __all__ = [
     "METHODS",
     "Frozen",
+    "GateFirst",
     "Griffin",
     "LayerActs",
     "Method",

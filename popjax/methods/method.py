@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import Selection, gated_channels
+from kernels_pallas.row_products import expand
 from popjax.config import LayerConfig, ModelConfig
 from popjax.sparsity import ChannelPartition, Params, Plan
 
@@ -61,6 +62,11 @@ class LayerActs:
         """h [B, T, F] in float32 with the rows of pad tokens zero, so that pads never count."""
         h = self.channels().astype(jnp.float32)
         return jnp.where(self.valid[:, :, None], h, 0.0)
+
+    def counted_ups(self) -> jax.Array:
+        """u [B, T, F] = x up^T of a gated FFN in float32, with the rows of pad tokens zero."""
+        u = expand(self.x, self._params["up"]).astype(jnp.float32)
+        return jnp.where(self.valid[:, :, None], u, 0.0)
 
     def over_channels(self, h: jax.Array) -> jax.Array:
         """The sum [B, T, 1] of h [B, T, F] over all F channels, those of other shards too."""

@@ -22,6 +22,12 @@ def token_norms(h: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(h * h, axis=(0, 1)))
 
 
+def weight_scores(params: Params) -> jax.Array:
+    """||Wg_i|| ||Wu_i|| ||Wd_i|| [F] of a gated FFN: importance where no token says anything."""
+    norms = (down_norms(params[name]) for name in ("gate", "up", "down"))
+    return functools.reduce(jnp.multiply, norms)
+
+
 def channel_scores(params: Params, acts: LayerActs, kind: str) -> jax.Array:
     """Importance [F] of each channel for the prompt (arXiv 2602.06822 Eq. 3).
 

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from popjax.cli import app
+from popjax.families import model_config
+from popjax.methods import GateFirst
 from tests.popjax.published_models import SMOLLM2_135M
 
 pytestmark = pytest.mark.aot
@@ -50,6 +52,14 @@ def test_the_plan_of_a_model_that_fits_one_chip(plan: Any) -> None:
         assert forecast["decode"]["aliased"] >= forecast["decode_held"]["cache"] > 0
     assert dense["decode_held"]["packed"] == 0 < pruned["decode_held"]["packed"]
     assert pruned["tokens_per_second"] > dense["tokens_per_second"] > 0
+
+
+def test_the_plan_of_gates_first(plan: Any) -> None:
+    """It packs the rows of its gates: of four layers the inner two, the others being whole."""
+    options = ("--method", "gate-first", "--ratio", "0.3", "--context", "1024", "--json")
+    _, pruned = answered(plan(SMALL, "--target", "v5e", *options))["forecasts"]
+    (budget,) = set(GateFirst(0.3).budgets(model_config(SMALL))[1:-1])
+    assert pruned["decode_held"]["packed"] == 2 * 3 * budget.evaluated * 576 * 2
 
 
 def test_what_people_see(plan: Any) -> None:

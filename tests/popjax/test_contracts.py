@@ -21,7 +21,7 @@ from kernels_pallas import native
 from popjax.buckets import bucket, left_padded
 from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, Options
-from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
+from popjax.methods import Frozen, GateFirst, Griffin, Method, OnlinePruning, RescoreAll
 from popjax.nn.transformer import Inputs
 from popjax.packing import pack
 from popjax.run import Request, RunResult, run
@@ -47,9 +47,12 @@ METHODS: dict[str, Method] = {
     "frozen": Frozen(0.5),
     "rescore": RescoreAll(0.5),
     "griffin": Griffin(0.5),
+    # Two layers are both ends, which by default stay whole.
+    "gate-first": GateFirst(0.5, ends="pruned"),
 }
 # The default on one CPU is the kernels, so plain names run on them; these name the other form.
-XLA = tuple(f"{name}/xla" for name in ("dense", "online", "frozen", "rescore", "griffin"))
+KERNEL_PAIRS = ("dense", "online", "frozen", "rescore", "griffin", "gate-first")
+XLA = tuple(f"{name}/xla" for name in KERNEL_PAIRS)
 METHODS |= {name: METHODS[name.removesuffix("/xla")] for name in XLA}
 NEW = 12
 NEVER = (VOCAB,)  # an end token that is not in the vocabulary
@@ -66,9 +69,14 @@ PAIRS = [
 PAIRS.remove(("qwen2_moe", "online-probe"))
 # Only this family has an FFN beside its experts.
 PAIRS = [pair for pair in PAIRS if pair[0] == "qwen2_moe" or pair[1] != "online-shared"]
+# A choice by the gate needs one, and is not made among experts.
+WITHOUT_GATES = ("opt", "gpt_neox", "qwen2_moe")
+PAIRS = [
+    pair for pair in PAIRS if pair[0] not in WITHOUT_GATES or not pair[1].startswith("gate-first")
+]
 PRUNED = [pair for pair in PAIRS if not pair[1].startswith("dense")]
 REPLAYED = [pair for pair in PRUNED if pair[0] == "llama" or pair[1] in ONLINE]
-MASKED = [pair for pair in PAIRS if pair[1] in (*ONLINE, "rescore")]
+MASKED = [pair for pair in PAIRS if pair[1] in (*ONLINE, "rescore", "gate-first")]
 SCORED = [pair for pair in PAIRS if pair[0] == "llama" or pair[1] in ONLINE]
 # One method a newer family.
 FEWER = [pair for pair in PAIRS if pair[0] not in NEWER or pair[1] in ("dense", "online")]
@@ -163,7 +171,8 @@ def test_counts_are_those_asked_for(family: str, name: str) -> None:
         found = (part.num_retained, part.num_candidate, part.k_selected)
         assert found == (asked.retained, asked.candidate, asked.k_selected)
         assert mask.shape == (NEW - 1, len(PROMPTS), part.evaluated)
-        evaluated, active = (layer.routed * n for n in (asked.evaluated, layer.channels // 2))
+        half = asked.active if isinstance(METHODS[name], GateFirst) else layer.channels // 2
+        evaluated, active = (layer.routed * n for n in (asked.evaluated, half))
         if name == "online-shared":
             evaluated += asked_of(METHODS[name], layer.mlp_dim).evaluated
             active += layer.mlp_dim // 2
@@ -176,6 +185,11 @@ def asked_of(method: Method, mlp_dim: int) -> ChannelBudget:
         return channel_budget(mlp_dim, 0.5, 0.15)
     if isinstance(method, RescoreAll):
         return ChannelBudget(0, mlp_dim, mlp_dim // 2)
+    if isinstance(method, GateFirst):
+        # The rows that online pruning reads with its default band, a quarter of them of up.
+        online = channel_budget(mlp_dim, 0.5, 0.05)
+        rows = 2 * online.evaluated + online.active
+        return ChannelBudget(0, rows // 2, rows // 4)
     return channel_budget(mlp_dim, 0.5)
 
 
@@ -220,7 +234,7 @@ def test_recorded_partition_and_masks_replay_the_run(family: str, name: str) -> 
     assert_same_run(family, result, wanted)
 
 
-@pytest.mark.parametrize("name", ["online", "rescore"])
+@pytest.mark.parametrize("name", ["online", "rescore", "gate-first"])
 def test_foreign_masks_are_obeyed(name: str) -> None:
     wanted = reference("llama", name)
     masks = tuple(jnp.asarray(mask[::-1]) for mask in masks_of(wanted))
@@ -257,7 +271,9 @@ def test_a_second_prompt_of_a_bucket_compiles_nothing(family: str, name: str) ->
     assert result.tokens[:, :9].tolist() != first.tokens[:, :9].tolist()
 
 
-@pytest.mark.parametrize(("family", "name"), [("llama", "rescore"), ("qwen3", "online")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "rescore"), ("qwen3", "online"), ("llama", "gate-first")]
+)
 def test_gathering_chosen_rows_agrees_with_masking(family: str, name: str) -> None:
     options = dataclasses.replace(EVERYTHING, implementation="xla_gathered")
     assert_same_run(family, ran(family, request(name, options=options)), reference(family, name))

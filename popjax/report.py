@@ -18,6 +18,7 @@ from popjax.config import ModelConfig
 from popjax.depth.applied import without_others
 from popjax.depth.report import DepthReport, depth_report
 from popjax.expert_partition import ExpertPartition
+from popjax.scouts import scout_bytes
 from popjax.sparsity import Params, Partitions, unrouted
 
 
@@ -119,10 +120,11 @@ def layer_reports(
     itemsize: int,
     only_chosen: bool,
     by_index: bool = False,
+    params: Params | None = None,
 ) -> tuple[LayerReport, ...]:
     """One LayerReport a layer; without a partition every channel is retained.
 
-    by_index: whether rows of experts are fetched by index.
+    by_index: whether rows of experts are fetched by index. params: where scouts would be.
     """
     reports = []
     for i, layer in enumerate(config.layers):
@@ -140,9 +142,12 @@ def layer_reports(
             read = rows_read(part) * channel if by_index else dense
         retained, candidate = layer.routed * part.num_retained, layer.routed * part.num_candidate
         if alone is not None:
-            late = row * (2 if alone.point == "gate" else 1)
+            # What is read only where chosen: down, by the gate alone up too, by a scout all.
+            late = {"product": row, "gate": 2 * row, "scout": channel}[alone.point]
             down = alone.active if only_chosen else alone.evaluated
             read += alone.evaluated * (channel - late) + down * late
+            if alone.point == "scout" and alone.k_selected < alone.num_candidate:
+                read += scout_bytes(params or {}, i)
         if alone is not None and alone is not part:
             retained, candidate = retained + alone.num_retained, candidate + alone.num_candidate
             channels, dense = channels + layer.mlp_dim, dense + layer.mlp_dim * channel
@@ -192,11 +197,11 @@ def weight_bytes(params: Params) -> int:
 def bytes_per_token(config: ModelConfig, params: Params) -> int:
     """Bytes of weights that one dense decode step reads for one row.
 
-    Every weight once, of experts those that it goes to, except that an embedding table is read
-    whole only as the output head; as an input table, or one of positions, it costs one row.
+    Every weight once and no scout, of experts those that it goes to, except that an embedding table
+    is read whole only as the output head; as an input table, or one of positions, it costs one row.
     """
     table = params["embed"]["table"]
-    total = weight_bytes(params)
+    total = weight_bytes(params) - scout_bytes(params)
     for layer in config.layers:
         if layer.moe is not None:
             # A token reads its own experts.
@@ -227,7 +232,8 @@ def make_report(
     params, config = without_others(params, config, result.layers)
     itemsize = params["embed"]["table"].dtype.itemsize
     by_index = result.implementation in NATIVE
-    layers = layer_reports(config, result.partition, itemsize, reads_only_chosen(result), by_index)
+    chosen = reads_only_chosen(result)
+    layers = layer_reports(config, result.partition, itemsize, chosen, by_index, params)
     dense = bytes_per_token(config, params)
     saved = sum(layer.dense_bytes - layer.read_bytes for layer in layers)
     decode_steps = result.steps - 1

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kernels_pallas.masked_mlp import POINTS, Selection
+from kernels_pallas.masked_mlp import Selection
 from popjax.config import LayerConfig, ModelConfig
 from popjax.expert_partition import ExpertPartition, checked_experts
 
 Params = dict[str, Any]
+POINTS = ("product", "gate", "scout")
 _LOG = logging.getLogger(__name__)
 _NOTICED = 0.05  # the share of a layer's channels by which a rounded budget may differ in silence
 
@@ -150,8 +151,9 @@ class ChannelPartition:
     `k_selected` candidates are on in a step. `candidate_norm` [C], the L2 norms of their rows of
     down times `candidate_factor` [C] where there is one, and `packed` (weights hold exactly
     [R | C], in that order) are filled in by `pack`; so is `indexed`, where decoding fetches these
-    rows from the full weights instead. point: what candidates are scored by, one of
-    `masked_mlp.POINTS`: by their gate, rows of up too are read only where chosen.
+    rows from the full weights instead. point: what candidates are scored by: the "product" of
+    gate and up, the "gate" alone, or that product in the copies of a "scout". What comes after is
+    read only where chosen.
     """
 
     retained: jax.Array
@@ -202,7 +204,8 @@ class ChannelPartition:
             num_candidate=self.num_candidate,
             k_selected=self.k_selected,
             shared=shared,
-            point=self.point,
+            # A scout's is a product too, of its own gate and up.
+            point="gate" if self.point == "gate" else "product",
         )
 
 

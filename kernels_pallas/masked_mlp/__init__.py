@@ -20,13 +20,14 @@ from kernels_pallas.masked_mlp.reference import (
     ACTIVATIONS,
     gated_channels,
     gated_gathered,
+    given_gathered,
     project,
     project_gathered,
 )
 from kernels_pallas.masked_mlp.selection import POINTS, Selection, choose, select_top
 from kernels_pallas.masked_mlp.tpu import TpuAccess
 from kernels_pallas.native.cost import prefers_native
-from kernels_pallas.row_products import contract, expand
+from kernels_pallas.row_products import contract, dequantized, expand
 
 NATIVE = ("native", "auto")
 PALLAS = ("pallas_tpu", "pallas_gpu", "pallas_interpret")
@@ -44,6 +45,7 @@ def masked_mlp(
     given: jax.Array | None = None,
     rows: jax.Array | None = None,
     up_bias: jax.Array | None = None,
+    scout: native.Scout | None = None,
     implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask [B or 1, T, E] in use, None where every channel was on.
@@ -51,40 +53,77 @@ def masked_mlp(
     x [B, T, D]; gate, up, down [E, D], the evaluated channels; or [F, D/128, 128] of which `rows`
     [E] int32 are evaluated (all without it), fetched one by one on `pallas_tpu`. `selection`
     chooses for every token; a bool mask `given` [B or 1, T, E] replaces it. Without a gate, h is
-    act(x up^T), or act(x up^T + up_bias), up_bias being [F] as the rows of up are. Raises
-    ValueError for shapes, dtypes and counts that disagree and unknown names.
+    act(x up^T), or act(x up^T + up_bias), up_bias being [F] as the rows of up are. A `scout`, gate
+    and up [E, D] in few bits, makes the selection, by what the product would be, before any row is
+    read. Raises ValueError for shapes, dtypes and counts that disagree and unknown names.
     """
     options = {"activation": activation, "selection": selection, "given": given, "rows": rows}
     _check(x, (gate, up, down), options, implementation)
     checks.check_bias(up_bias, gate, up)
+    checks.check_scout(scout, gate, x.shape[-1], up.shape[0] if rows is None else rows.shape[0])
     if up_bias is not None and rows is not None:
         up_bias = up_bias[rows]
     if implementation in PALLAS:
         access = _access(implementation)
+        options["given"] = _foretold(x, scout, activation, selection, given)
         return listed.masked_mlp(x, gate, up, down, access, up_bias=up_bias, **options)
     if up.ndim == 3:
         gate = None if gate is None else _evaluated(gate, rows)
         up, down = _evaluated(up, rows), _evaluated(down, rows)
+    del options["rows"]
     if gate is None:
         h = gated_channels(x, None, up, activation, up_bias, _products(implementation))
         mask = choose(h, selection) if given is None and selection is not None else given
         held = h if mask is None else jnp.where(mask, h, jnp.zeros((), h.dtype))
         return contract(held, down, _products(implementation)), mask
     if _native(x, gate, selection, implementation):
-        del options["rows"]
-        return native.masked_mlp(x, gate, up, down, **options)
+        return native.masked_mlp(x, gate, up, down, scout=scout, **options)
+    options["given"] = _foretold(x, scout, activation, selection, given)
+    if implementation == "xla_gathered" and options["given"] is not None and scout is not None:
+        mask = options["given"]
+        counted = (activation, mask, _active(selection, mask))
+        return given_gathered(x, (gate, up, down), *counted), mask
+    return _by_xla(x, (gate, up, down), implementation == "xla_gathered", **options)
+
+
+def _by_xla(
+    x: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    gathered: bool,
+    *,
+    activation: str,
+    selection: Selection | None,
+    given: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    gate, up, down = weights
     if selection is not None and selection.point == "gate":
         a = ACTIVATIONS[activation](expand(x, gate))
         mask = choose(a, selection) if given is None else given
-        if implementation == "xla_gathered":
+        if gathered:
             return gated_gathered(a, x, up, down, mask, _active(selection, mask)), mask
         h = a * expand(x, up)
     else:
         h = gated_channels(x, gate, up, activation)
         mask = choose(h, selection) if given is None and selection is not None else given
-    if mask is not None and implementation == "xla_gathered":
+    if mask is not None and gathered:
         return project_gathered(h, down, mask, _active(selection, mask)), mask
     return project(h, down, mask), mask
+
+
+def _foretold(
+    x: jax.Array,
+    scout: native.Scout | None,
+    activation: str,
+    selection: Selection | None,
+    given: jax.Array | None,
+) -> jax.Array | None:
+    """The mask that a scout makes, where there is one and no mask was given."""
+    if scout is None or selection is None or given is not None:
+        return given
+    # Tied to x: a loop over steps must not take the widened copies out of it, and hold them.
+    (x, *copies) = jax.lax.optimization_barrier((x, *scout))
+    gate, up = (dequantized(w).astype(x.dtype) for w in copies)
+    return choose(gated_channels(x, gate, up, activation), selection)
 
 
 def _products(implementation: str) -> str:

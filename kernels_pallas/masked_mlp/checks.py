@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp.reference import ACTIVATIONS
 from kernels_pallas.masked_mlp.selection import POINTS, Selection
+from kernels_pallas.row_products import QuantizedRows
 
 Weights = tuple[jax.Array | None, jax.Array, jax.Array]
 
@@ -54,6 +55,22 @@ def check_bias(bias: jax.Array | None, gate: jax.Array | None, up: jax.Array) ->
         raise ValueError(
             f"masked_mlp needs up_bias [F] with F = {up.shape[0]}, got {bias.shape}: give each "
             "row of up one"
+        )
+
+
+def check_scout(
+    scout: tuple[QuantizedRows, QuantizedRows] | None, gate: jax.Array | None, D: int, E: int
+) -> None:
+    """Raise ValueError unless the scout has a gate and an up [E, D], of a layer with a gate."""
+    if scout is None:
+        return
+    if gate is None:
+        raise ValueError("masked_mlp takes a scout of a gated layer only: leave it out")
+    shapes = [w.shape for w in scout]
+    if shapes != [(E, D)] * 2:
+        raise ValueError(
+            f"masked_mlp needs a scout of gate and up [E,D] with E = {E}, D = {D}, got {shapes}: "
+            "make it of these weights"
         )
 
 

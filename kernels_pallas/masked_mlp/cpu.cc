@@ -3,8 +3,9 @@
 //   h = act(x gate^T) * (x up^T)      y = (h * mask) down      mask: R always, of C the chosen
 //
 // What is chosen from decides what is read. From the product: gate and up of all rows, down of the
-// chosen. From the gate alone: gate of all rows, up and down of the chosen. Given from outside: the
-// chosen rows of all three. A row that no vector of the batch uses is not read.
+// chosen. From the gate alone: gate of all rows, up and down of the chosen. Given from outside, or
+// from a scout, copies of gate and up in few bits: the chosen rows of all three. A row that no vector
+// of the batch uses is not read.
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +23,7 @@ namespace {
 
 // In the order of masked_mlp/native.py.
 enum class Activation : int32_t { kSilu, kGeluTanh, kGelu, kRelu };
-enum class Point : int32_t { kAll, kProduct, kGate, kGiven };
+enum class Point : int32_t { kAll, kProduct, kGate, kGiven, kScout };
 
 POPJAX_INLINE float activated(float g, Activation kind) {
   switch (kind) {
@@ -223,13 +224,32 @@ bool alike(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
   return a.element_type() == b.element_type() && a.element_count() == b.element_count();
 }
 
+// Chooses from what a scout, gate and up as `values` with `scales`, makes of x.
+ffi::Error scout(const Call& call, const ffi::AnyBuffer* values, const ffi::AnyBuffer* scales,
+                 const float* x, Team& team) {
+  const bool fits = alike(values[0], values[1]) && alike(scales[0], scales[1]);
+  if (!fits || dim(values[0], 0) != call.channels) {
+    return invalid("a scout has a gate and an up of one kind, with a row for each channel");
+  }
+  return with_rows(values[0], scales[0], call.width, [&](auto gate) {
+    auto up = gate;
+    up.data = static_cast<decltype(up.data)>(values[1].untyped_data());
+    set_scales(up, scales[1]);
+    std::unique_ptr<float[]> h(new float[call.channels * call.vectors]);
+    evaluate(call, gate, up, x, false, h.get(), team);
+    choose(call, h.get(), team);
+    return ffi::Error::Success();
+  });
+}
+
 ffi::Error masked_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
                       ffi::AnyBuffer up, ffi::AnyBuffer down, ffi::RemainingArgs more,
                       ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mask,
                       int32_t point, int32_t activation, int64_t keep) {
-  // candidate [C], weight [C], threshold [C], given [M, F], then the scales of gate, up and down.
+  // candidate [C], weight [C], threshold [C], given [M, F], then the scales of gate, up and down,
+  // gate and up of a scout, and their scales.
   std::vector<ffi::AnyBuffer> rest;
-  for (size_t i = 0; i < 7; ++i) {
+  for (size_t i = 0; i < 11; ++i) {
     auto buffer = more.get<ffi::AnyBuffer>(i);
     if (buffer.has_error()) return buffer.error();
     rest.push_back(*buffer);
@@ -248,6 +268,10 @@ ffi::Error masked_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gat
   const Activations in(x);
   Result out(*y);
   Team team(pool, kPieces);
+  if (call.point == Point::kScout) {
+    auto error = scout(call, &rest[7], &rest[9], in.data(), team);
+    if (error.failure()) return error;
+  }
   return with_rows(gate, rest[4], call.width, [&](auto g) {
     auto u = g, d = g;
     u.data = static_cast<decltype(u.data)>(up.untyped_data());

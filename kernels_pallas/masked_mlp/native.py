@@ -10,11 +10,13 @@ import numpy as np
 
 from kernels_pallas.masked_mlp.selection import Selection
 from kernels_pallas.native import call
-from kernels_pallas.row_products.quantized import Rows, stored
+from kernels_pallas.row_products.quantized import QuantizedRows, Rows, stored
 
+# Copies of gate and up in few bits.
+Scout = tuple[QuantizedRows, QuantizedRows]
 # Their places are the numbers of cpu.cc.
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
-_POINTS = ("all", "product", "gate", "given")
+_POINTS = ("all", "product", "gate", "given", "scout")
 
 
 def masked_mlp(
@@ -26,11 +28,13 @@ def masked_mlp(
     activation: str,
     selection: Selection | None = None,
     given: jax.Array | None = None,
+    scout: Scout | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask used [B or 1, T, E], None where every channel was on.
 
     x [B, T, D]; gate, up, down [E, D] of one kind; a mask `given` [B or 1, T, E] replaces the
-    selection. A shared choice needs T = 1, since it is made once.
+    selection, which a `scout` makes before a row is read. A shared choice needs T = 1, since it is
+    made once.
     """
     B, T, D = x.shape
     E = gate.shape[0]
@@ -44,9 +48,12 @@ def masked_mlp(
         mask = mask.reshape(rows, E)
     elif selection is not None:
         point, rows = selection.point, 1 if selection.shared else B * T
+        point = point if scout is None else "scout"
     used = selection if selection is not None and given is None else Selection()
     empty = jnp.zeros((0,), jnp.float32)
     matrices, scales = zip(*map(stored, (gate, up, down)), strict=True)
+    copies = scout if point == "scout" and scout is not None else (empty, empty)
+    values, units = zip(*map(stored, copies), strict=True)
     y, chosen = call(
         "popjax_masked_mlp",
         [jax.ShapeDtypeStruct(flat.shape, x.dtype), jax.ShapeDtypeStruct((rows, E), bool)],
@@ -57,6 +64,8 @@ def masked_mlp(
         empty if used.threshold is None else used.threshold,
         mask,
         *scales,
+        *values,
+        *(each.astype(jnp.float32) for each in units),
         point=np.int32(_POINTS.index(point)),
         activation=np.int32(ACTIVATIONS.index(activation)),
         keep=np.int64(used.k_selected),

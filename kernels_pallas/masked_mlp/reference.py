@@ -75,9 +75,31 @@ def gated_gathered(
     x [B, T, D]; the rest as of `project_gathered`.
     """
     rows = _chosen_rows(mask, a.shape, count)
-    taken = up.at[rows].get(mode="promise_in_bounds")
-    u = jnp.einsum("BTD,BTFD->BTF", x.astype(taken.dtype), taken).astype(a.dtype)
+    u = _products(x, up, rows)
     return _summed(jnp.take_along_axis(a, rows, axis=-1) * u, down, rows, a.dtype)
+
+
+def given_gathered(
+    x: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    activation: str,
+    mask: jax.Array,
+    count: int,
+) -> jax.Array:
+    """y [B, T, D] of x [B, T, D], reading of gate, up and down only the `count` chosen rows.
+
+    The rest as of `project_gathered`.
+    """
+    gate, up, down = weights
+    rows = _chosen_rows(mask, (*x.shape[:-1], up.shape[0]), count)
+    h = ACTIVATIONS[activation](_products(x, gate, rows)) * _products(x, up, rows)
+    return _summed(h, down, rows, x.dtype)
+
+
+def _products(x: jax.Array, w: jax.Array, rows: jax.Array) -> jax.Array:
+    """h [B, T, count] of x [B, T, D] and rows [B, T, count] of w [F, D]."""
+    taken = w.at[rows].get(mode="promise_in_bounds")
+    return jnp.einsum("BTD,BTFD->BTF", x.astype(taken.dtype), taken).astype(x.dtype)
 
 
 def _chosen_rows(mask: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:

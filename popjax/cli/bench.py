@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli import depth_options, options
+from popjax.cli import depth_options, options, scout_options
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="online-pruning (default, without --depth), frozen, rescore-all, gate-first or "
-        "griffin; may be repeated.",
+        help="online-pruning (default, without --depth), frozen, rescore-all, gate-first, "
+        "scout or griffin; may be repeated.",
         rich_help_panel="Method",
     ),
 ]
@@ -50,6 +50,7 @@ def bench(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    scout: scout_options.ScoutFile = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
@@ -69,11 +70,13 @@ def bench(
         name or "online-pruning": options.pruning_method(name, ratio, model_ratio, gamma, prefill)
         for name in named
     }
+    scout_options.check_scout(list(pruning.values()), scout)
     chosen, depths = _cases(pruning, shallow)
     text = None
     if prompt is not None or prompt_file is not None:
         text = options.read_prompt(prompt, prompt_file)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    loaded = scout_options.with_scout(loaded, scout)
     prompt_ids = loaded.encode(text)[0] if text is not None else _passage(loaded, prompt_tokens)
     _time(loaded, chosen, depths, prompt_ids, new_tokens, rounds, json)
 

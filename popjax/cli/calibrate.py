@@ -8,13 +8,18 @@ from typing import Annotated
 import typer
 
 from popjax.cli import options
+from popjax.cli.scout_options import calibrate_scout
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 What = Annotated[
-    str, typer.Argument(help="prefill-pruning: how much each layer matters to prompt and reply.")
+    str,
+    typer.Argument(
+        help="prefill-pruning: how much each layer matters to prompt and reply. scout: copies of "
+        "gate and up in four bits, for --method scout; needs no text."
+    ),
 ]
-Text = Annotated[Path, typer.Option("--text", help="UTF-8 text that prompts are cut from.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="New safetensors file for the scores.")]
+Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text that prompts are cut from.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="New safetensors file for the result.")]
 Samples = Annotated[int, typer.Option(min=1, help="Prompts, spread over the text.")]
 PromptTokens = Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")]
 NewTokens = Annotated[
@@ -25,8 +30,8 @@ NewTokens = Annotated[
 @command
 def calibrate(
     what: What,
-    text: Text,
     out: Out,
+    text: Text = None,
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
@@ -39,18 +44,24 @@ def calibrate(
 ) -> None:
     """Score a model's layers for `--depth prefill-pruning --layer-scores` (or short-gpt).
 
-    Prompts are cut from the text and continued by the model itself.
+    Prompts are cut from the text and continued by the model itself. Or write a `scout`.
     """
-    if what != "prefill-pruning":
+    if what not in ("prefill-pruning", "scout"):
         raise typer.BadParameter(
-            f"{what!r} measures nothing of a model: use prefill-pruning", param_hint="WHAT"
+            f"{what!r} measures nothing of a model: use prefill-pruning or scout", param_hint="WHAT"
         )
     if out.exists():
         raise typer.BadParameter(f"{out} exists: choose another name", param_hint="--out")
+    choice = options.ModelChoice(model, revision, dtype, offline, check_tensors)
+    if what == "scout":
+        calibrate_scout(choice.load(), out)
+        return
+    if text is None:
+        raise typer.BadParameter("prompts are cut from one: give --text", param_hint="--text")
     if not text.is_file():
         raise typer.BadParameter(f"there is no file {text}", param_hint="--text")
     words = options.read_prompt(None, text)
-    loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
+    loaded = choice.load()
     from popjax.cli.tables import layer_table
     from popjax.depth.artefact import save_scores
     from popjax.depth.importance import measure

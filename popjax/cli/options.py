@@ -56,7 +56,7 @@ MethodName = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="dense, online-pruning, frozen, rescore-all, gate-first or griffin.",
+        help="dense, online-pruning, frozen, rescore-all, gate-first, scout or griffin.",
         rich_help_panel=_METHOD,
     ),
 ]

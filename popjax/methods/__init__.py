@@ -10,6 +10,7 @@ from popjax.methods.griffin import Griffin
 from popjax.methods.method import LayerActs, Method, check_evaluated
 from popjax.methods.online_pruning import OnlinePruning
 from popjax.methods.rescore_all import RescoreAll
+from popjax.methods.scout import Scout
 from popjax.registry import name_of, options_of, resolved
 
 METHODS: dict[str, type[Method]] = {
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "frozen": Frozen,
     "rescore-all": RescoreAll,
     "gate-first": GateFirst,
+    "scout": Scout,
     "griffin": Griffin,
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "Method",
     "OnlinePruning",
     "RescoreAll",
+    "Scout",
     "check_evaluated",
     "method_name",
     "method_named",

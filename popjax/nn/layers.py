@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import masked_mlp, project
-from popjax import axes
+from popjax import axes, scouts
 from popjax.cache import Kept, LayerCache, write_layer
 from popjax.config import LayerConfig, ModelConfig
 from popjax.eviction.method import AttentionActs
@@ -159,7 +159,10 @@ class Mlp(nn.Module):
     def _weights(self) -> Params:
         matrices = {"gate": self.gate, "up": self.up, "down": self.down}
         held = {name: w.reshape(w.shape[0], -1) for name, w in matrices.items() if w is not None}
-        return held if self.up_bias is None else {**held, "up_bias": self.up_bias}
+        if self.up_bias is not None:
+            held["up_bias"] = self.up_bias
+        copies = {name: self.get_variable("params", name) for name in scouts.names()}
+        return held | {name: w for name, w in copies.items() if w is not None}
 
     def prefill(
         self,
@@ -203,6 +206,7 @@ class Mlp(nn.Module):
         if selection is not None:
             # A finished row is padding: zeroed, it cannot sway a choice that the batch shares.
             x = jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
+        scouted = selection is not None and part is not None and part.point == "scout"
         return masked_mlp(
             x,
             self.gate,
@@ -213,6 +217,7 @@ class Mlp(nn.Module):
             given=recorded,
             rows=_rows(part),
             up_bias=self.up_bias,
+            scout=scouts.needed(self._weights()) if scouted else None,
             implementation=self.implementation,
         )
 

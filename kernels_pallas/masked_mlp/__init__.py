@@ -66,6 +66,8 @@ def masked_mlp(
     if implementation in PALLAS:
         access = _access(implementation)
         options["given"] = _foretold(x, scout, activation, selection, given)
+        # How many channels are on is known of a choice made here, not of a mask from outside.
+        options["selection"] = selection if given is None else None
         return listed.masked_mlp(x, gate, up, down, access, up_bias=up_bias, **options)
     if up.ndim == 3:
         gate = None if gate is None else _evaluated(gate, rows)

@@ -4,8 +4,8 @@
 //
 // What is chosen from decides what is read. From the product: gate and up of all rows, down of the
 // chosen. From the gate alone: gate of all rows, up and down of the chosen. Given from outside, or
-// from a scout, copies of gate and up in few bits: the chosen rows of all three. A row that no vector
-// of the batch uses is not read.
+// from a scout, copies of gate and up in few bits: the chosen rows of all three. A row that no
+// vector of the batch uses is not read.
 
 #include <algorithm>
 #include <cmath>

@@ -62,8 +62,9 @@ def masked_mlp(
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask [B or 1, T, E] in use, None where every channel was on.
 
-    `rows` [E] names the evaluated channels of the matrices, which are all of them without it. No
-    gate: h = act(x up^T), or act(x up^T + up_bias) with up_bias [E] of the evaluated channels.
+    `rows` [E] names the evaluated channels of the matrices, which are all of them without it. A
+    mask `given` goes with the `selection` that it is of, if any. No gate: h = act(x up^T), or act(x
+    up^T + up_bias) with up_bias [E] of the evaluated channels.
     """
     B, T, D = x.shape
     layer = _Layer(B * T, T, up.shape[0], rows, access)
@@ -86,7 +87,7 @@ def masked_mlp(
         h = layer.at(channels(every)[:, : layer.evaluated], every)
         return layer.contract(h, down, every).astype(x.dtype).reshape(x.shape), None
     if given is not None:
-        mask, used = given, layer.used(given, None, down)
+        mask, used = given, layer.used(given, selection, down)
         h = channels(used)
     else:
         assert selection is not None

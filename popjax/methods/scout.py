@@ -9,8 +9,10 @@ Left out: FFNs without a gate, mixtures of experts, and making the copies.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import Selection
@@ -21,6 +23,7 @@ from popjax.methods.method import Method, check_share
 from popjax.sparsity import (
     ChannelBudget,
     ChannelPartition,
+    Params,
     Plan,
     rows_of_online_pruning,
     rows_with_dense_ends,
@@ -82,6 +85,12 @@ class Scout(Method):
 
     def selection(self, partition: ChannelPartition) -> Selection | None:
         return partition.selection(shared=self.batch_shared)
+
+
+def scouts_for(method: Scout, params: Params, config: ModelConfig) -> scouts.Scouts:
+    """The scouts that the method needs, as shapes, of parameters that may be shapes."""
+    make = functools.partial(scouts.make_scouts, config=config, ends=method.ends == "pruned")
+    return jax.eval_shape(functools.partial(make, bits=method.bits, group=method.group), params)
 
 
 def scout_budget(mlp_dim: int, rows: int, bits: int, group: int) -> ChannelBudget:

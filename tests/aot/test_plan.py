@@ -62,6 +62,17 @@ def test_the_plan_of_gates_first(plan: Any) -> None:
     assert pruned["decode_held"]["packed"] == 2 * 3 * budget.evaluated * 576 * 2
 
 
+def test_the_plan_of_a_scout(plan: Any) -> None:
+    """Nothing is packed; the copies of the inner two of four layers are held and read."""
+    options = ("--method", "scout", "--ratio", "0.3", "--context", "1024", "--json")
+    dense, pruned = answered(plan(SMALL, "--target", "v5e", *options))["forecasts"]
+    copies = 2 * 2 * 1536 * (576 // 2 + 2 * 576 // 64)  # four bits, and a bfloat16 scale a group
+    assert pruned["decode_held"]["packed"] == 0
+    assert pruned["decode_held"]["weights"] == dense["decode_held"]["weights"] + copies
+    # The compiler widens copies, to sixteen bits, of no more than one layer at a time.
+    assert pruned["decode"]["temporaries"] < 1.25 * 2 * 2 * 1536 * 576
+
+
 def test_what_people_see(plan: Any) -> None:
     result = plan(SMALL, "--target", "v5e:2x2", "--method", "dense", "--context", "512")
     # Nine query heads over four chips.

@@ -22,8 +22,10 @@ from popjax.methods import Method, RescoreAll, Scout
 from popjax.methods.scout import scout_budget
 from popjax.report import bytes_per_token, layer_reports, reads_only_chosen, weight_bytes
 from popjax.run import Request, RunResult, run
+from popjax.sharding import placed_params
 from popjax.sparsity import rows_of_online_pruning
 from tests.popjax.tiny_models import CONFIGS, PROMPTS, logit_tolerance, random_params
+from tests.sharding.meshes import SHAPES, case, mesh_of_shape
 
 CONFIG = CONFIGS["llama"]
 FIVE = dataclasses.replace(CONFIG, layers=CONFIG.layers[:1] * 5)
@@ -129,6 +131,32 @@ def test_a_given_mask_replaces_the_choice_of_a_scout() -> None:
         assert (np.asarray(mask) == np.asarray(given)).all()
         scale = float(np.abs(np.asarray(y)).max())
         np.testing.assert_allclose(y, found[0][0], rtol=0, atol=scale * EPS * 64)
+
+
+def test_a_tpu_fetches_the_chosen_rows_one_by_one() -> None:
+    """Of rows kept as tiles, with as many of them as a choice can name."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, 1, 1024)), jnp.float32)
+    weights = [jnp.asarray(w, jnp.float32) for w in rng.standard_normal((3, 40, 1024)) / 32]
+    copies = (rounded(weights[0]), rounded(weights[1]))
+    choice: dict[str, Any] = {"selection": Selection(num_candidate=40, k_selected=9)}
+    choice |= {"activation": "silu", "scout": copies}
+    tiles = [w.reshape(40, 8, 128) for w in weights]
+    y, mask = masked_mlp(x, *tiles, **choice, implementation="pallas_interpret")
+    wanted, other = masked_mlp(x, *weights, **choice)
+    assert (np.asarray(mask) == np.asarray(other)).all() and int(np.asarray(mask).sum()) == 9
+    scale = float(np.abs(np.asarray(wanted)).max())
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=scale * EPS * 256)
+
+
+def test_a_mesh_run_replays_on_one_device() -> None:
+    config, plain, _ = case("llama", "model=2")
+    params = scouts.with_scouts(plain, scouts.make_scouts(plain, config, group=32, ends=True))
+    spread = placed_params(params, config, mesh_of_shape(SHAPES["model=2"]))
+    asked = Request(PROMPTS[:2], 5, method=ALIKE, options=Options(record_masks=True))
+    together = run(spread, config, asked)
+    replay = dataclasses.replace(asked, partition=together.partition, masks=together.masks)
+    assert run(params, config, replay).tokens.tolist() == together.tokens.tolist()
 
 
 @pytest.mark.parametrize(

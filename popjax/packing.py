@@ -146,7 +146,7 @@ def _pack_layers(
 
 def _with_norms(part: ChannelPartition, down: jax.Array) -> ChannelPartition:
     """The partition with the norms [C] of its rows of the full down, where any are chosen."""
-    if part.k_selected == part.num_candidate:
+    if part.decided:
         return part
     return _with_norm(part, down_norms(down)[part.candidate])
 

@@ -19,7 +19,7 @@ from popjax.depth.applied import without_others
 from popjax.depth.report import DepthReport, depth_report
 from popjax.expert_partition import ExpertPartition
 from popjax.scouts import scout_bytes
-from popjax.sparsity import Params, Partitions, unrouted
+from popjax.sparsity import ChannelPartition, Params, Partitions, unrouted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +142,27 @@ def layer_reports(
             read = rows_read(part) * channel if by_index else dense
         retained, candidate = layer.routed * part.num_retained, layer.routed * part.num_candidate
         if alone is not None:
-            # What is read only where chosen: down, by the gate alone up too, by a scout all.
-            late = {"product": row, "gate": 2 * row, "scout": channel}[alone.point]
-            down = alone.active if only_chosen else alone.evaluated
-            read += alone.evaluated * (channel - late) + down * late
-            if alone.point == "scout" and alone.k_selected < alone.num_candidate:
+            read += _read(alone, channel, row, only_chosen)
+            if alone.point == "scout" and not alone.decided:
                 read += scout_bytes(params or {}, i)
         if alone is not None and alone is not part:
             retained, candidate = retained + alone.num_retained, candidate + alone.num_candidate
             channels, dense = channels + layer.mlp_dim, dense + layer.mlp_dim * channel
         reports.append(LayerReport(channels, retained, candidate, part.active, dense, read))
     return tuple(reports)
+
+
+def _read(part: ChannelPartition, channel: int, row: int, only_chosen: bool) -> int:
+    """Bytes of weights read of a partition whose channels have so many bytes, a row of down too.
+
+    What is read only where chosen: down, by the gate alone up too, by a scout all three.
+    """
+    on = part.active if only_chosen else part.evaluated
+    if part.point == "scout" and not part.decided:
+        exact = on if part.exact is None or not only_chosen else part.exact
+        return exact * (channel - row) + on * row
+    late = 2 * row if part.point == "gate" else row
+    return part.evaluated * (channel - late) + on * late
 
 
 def rows_read(part: ExpertPartition) -> int:

@@ -69,34 +69,6 @@ def channel_budget(
     return ChannelBudget(retained, evaluated - retained, active - retained)
 
 
-def rows_of_online_pruning(mlp_dim: int, ratio: float) -> int:
-    """Rows of gate, up and down that a step of online pruning reads of F channels.
-
-    Gate and up of R + C each and down of the chosen, with its default band gamma = 0.1: close to
-    (2 (1 - r + 0.05) + 1 - r) F. What methods of other forms spend for the same bytes.
-    """
-    budget = channel_budget(mlp_dim, ratio, 0.05)
-    return 2 * budget.evaluated + budget.active
-
-
-def rows_with_dense_ends(widths: Sequence[int], rows: Sequence[int]) -> list[int]:
-    """Rows of each layer where the first and last of F channels have all 3 F, at the same sum.
-
-    What is left is shared among the others in proportion to `rows`. Raises ValueError where
-    nothing is.
-    """
-    whole = [3 * F if i in (0, len(rows) - 1) else 0 for i, F in enumerate(widths)]
-    inner = sum(n for n, full in zip(rows, whole, strict=True) if not full)
-    left, wanted = sum(rows) - sum(whole), sum(3 * F for F in widths)
-    if sum(rows) < wanted and left <= 0:
-        raise ValueError(
-            f"ends 'dense' leave the first and last of {len(rows)} layers whole, which alone is "
-            f"more than the {sum(rows) / wanted:.0%} of FFN weights asked for: lower the ratio, or "
-            "give ends='pruned'"
-        )
-    return [full or n * left // inner for n, full in zip(rows, whole, strict=True)]
-
-
 def warn_of_rounding(config: ModelConfig, ratio: float, delta: float, granularity: int) -> None:
     """Log a warning where a granularity makes another budget than was asked for.
 
@@ -153,7 +125,8 @@ class ChannelPartition:
     [R | C], in that order) are filled in by `pack`; so is `indexed`, where decoding fetches these
     rows from the full weights instead. point: what candidates are scored by: the "product" of
     gate and up, the "gate" alone, or that product in the copies of a "scout". What comes after is
-    read only where chosen.
+    read only where chosen. exact: of those a scout chose, how many use gate and up themselves; None
+    for all.
     """
 
     retained: jax.Array
@@ -162,6 +135,7 @@ class ChannelPartition:
     candidate_factor: jax.Array | None = None
     k_selected: int = struct.field(pytree_node=False, default=0)
     point: str = struct.field(pytree_node=False, default="product")
+    exact: int | None = struct.field(pytree_node=False, default=None)
     packed: bool = struct.field(pytree_node=False, default=False)
     indexed: bool = struct.field(pytree_node=False, default=False)
 
@@ -181,6 +155,11 @@ class ChannelPartition:
     def active(self) -> int:
         return self.num_retained + self.k_selected
 
+    @property
+    def decided(self) -> bool:
+        """Whether all candidates are on, so that a step has nothing to choose."""
+        return self.k_selected == self.num_candidate and self.exact is None
+
     def kept_mask(self, mlp_dim: int) -> jax.Array:
         """Bool mask [F] of R u C."""
         kept = jnp.zeros((mlp_dim,), bool)
@@ -192,7 +171,7 @@ class ChannelPartition:
         At the point "gate" by |act(g_i)| instead of |h_i|. `shared`: one choice for the batch, by
         the L2 norm over it. `pack` provides the norms.
         """
-        if self.k_selected == self.num_candidate:
+        if self.decided:
             return None
         if weighted and self.candidate_norm is None:
             raise ValueError("a weighted choice needs candidate norms: pack() the partition first")
@@ -206,6 +185,7 @@ class ChannelPartition:
             shared=shared,
             # A scout's is a product too, of its own gate and up.
             point="gate" if self.point == "gate" else "product",
+            exact=self.exact,
         )
 
 
@@ -321,8 +301,9 @@ def _checked_channels(i: int, part: ChannelPartition, layer: LayerConfig) -> Cha
         )
     retained, candidate = (jnp.asarray(np.sort(indices), jnp.int32) for indices in sets)
     factor = _checked_factor(i, part, np.argsort(sets[1]))
-    fields: dict[str, Any] = {"candidate_factor": factor, "point": part.point}
-    return ChannelPartition(retained, candidate, k_selected=int(part.k_selected), **fields)
+    fields: dict[str, Any] = {"point": part.point, "exact": part.exact}
+    fields |= {"candidate_factor": factor, "k_selected": int(part.k_selected)}
+    return ChannelPartition(retained, candidate, **fields)
 
 
 def _checked_factor(i: int, part: ChannelPartition, order: np.ndarray) -> jax.Array | None:

@@ -24,10 +24,11 @@ from kernels_pallas.masked_mlp.reference import (
     project,
     project_gathered,
 )
+from kernels_pallas.masked_mlp.scouted import foretell
 from kernels_pallas.masked_mlp.selection import POINTS, Selection, choose, select_top
 from kernels_pallas.masked_mlp.tpu import TpuAccess
 from kernels_pallas.native.cost import prefers_native
-from kernels_pallas.row_products import contract, dequantized, expand
+from kernels_pallas.row_products import contract, expand
 
 NATIVE = ("native", "auto")
 PALLAS = ("pallas_tpu", "pallas_gpu", "pallas_interpret")
@@ -60,14 +61,16 @@ def masked_mlp(
     options = {"activation": activation, "selection": selection, "given": given, "rows": rows}
     _check(x, (gate, up, down), options, implementation)
     checks.check_bias(up_bias, gate, up)
-    checks.check_scout(scout, gate, x.shape[-1], up.shape[0] if rows is None else rows.shape[0])
+    checks.check_scout(scout, gate, up, rows)
     if up_bias is not None and rows is not None:
         up_bias = up_bias[rows]
+    # A mask from outside needs no scout, unless some of its channels are as foretold.
+    scouted = selection is not None and (given is None or selection.exact is not None)
+    by_scout = (scout, selection, given, activation, implementation)
     if implementation in PALLAS:
+        if scouted and scout is not None:
+            return _scouted(x, (gate, up, down), *by_scout)
         access = _access(implementation)
-        options["given"] = _foretold(x, scout, activation, selection, given)
-        # How many channels are on is known of a choice made here, not of a mask from outside.
-        options["selection"] = selection if given is None else None
         return listed.masked_mlp(x, gate, up, down, access, up_bias=up_bias, **options)
     if up.ndim == 3:
         gate = None if gate is None else _evaluated(gate, rows)
@@ -80,12 +83,37 @@ def masked_mlp(
         return contract(held, down, _products(implementation)), mask
     if _native(x, gate, selection, implementation):
         return native.masked_mlp(x, gate, up, down, scout=scout, **options)
-    options["given"] = _foretold(x, scout, activation, selection, given)
-    if implementation == "xla_gathered" and options["given"] is not None and scout is not None:
-        mask = options["given"]
-        counted = (activation, mask, _active(selection, mask))
-        return given_gathered(x, (gate, up, down), *counted), mask
+    if scouted and scout is not None:
+        return _scouted(x, (gate, up, down), *by_scout)
     return _by_xla(x, (gate, up, down), implementation == "xla_gathered", **options)
+
+
+def _scouted(
+    x: jax.Array,
+    weights: checks.Weights,
+    scout: native.Scout,
+    selection: Selection,
+    given: jax.Array | None,
+    activation: str,
+    implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`masked_mlp` whose choice a scout makes, where the CPU kernel does not do it all."""
+    told = foretell(x, scout, activation, selection, given)
+    gate, up, down = weights
+    assert gate is not None, "check_scout refuses a layer without a gate"
+    if implementation in PALLAS:
+        # How many channels are on is known of a choice made here, not of a mask from outside.
+        chosen = selection if given is None else None
+        access = _access(implementation)
+        return listed.scouted(x, (gate, up, down), access, told, chosen, activation), told.on
+    if implementation == "xla_gathered":
+        active = _active(selection, told.on)
+        exact = active if selection.exact is None else selection.exact
+        y = given_gathered(x, (gate, up, down), activation, told.exact, exact)
+        rest = told.on & ~told.exact
+        return y + project_gathered(told.a, down, rest, active - exact), told.on
+    h = gated_channels(x, gate, up, activation)
+    return project(jnp.where(told.exact, h, told.rest()), down), told.on
 
 
 def _by_xla(
@@ -110,22 +138,6 @@ def _by_xla(
     if mask is not None and gathered:
         return project_gathered(h, down, mask, _active(selection, mask)), mask
     return project(h, down, mask), mask
-
-
-def _foretold(
-    x: jax.Array,
-    scout: native.Scout | None,
-    activation: str,
-    selection: Selection | None,
-    given: jax.Array | None,
-) -> jax.Array | None:
-    """The mask that a scout makes, where there is one and no mask was given."""
-    if scout is None or selection is None or given is not None:
-        return given
-    # Tied to x: a loop over steps must not take the widened copies out of it, and hold them.
-    (x, *copies) = jax.lax.optimization_barrier((x, *scout))
-    gate, up = (dequantized(w).astype(x.dtype) for w in copies)
-    return choose(gated_channels(x, gate, up, activation), selection)
 
 
 def _products(implementation: str) -> str:

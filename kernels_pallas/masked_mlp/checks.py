@@ -59,18 +59,21 @@ def check_bias(bias: jax.Array | None, gate: jax.Array | None, up: jax.Array) ->
 
 
 def check_scout(
-    scout: tuple[QuantizedRows, QuantizedRows] | None, gate: jax.Array | None, D: int, E: int
+    scout: tuple[QuantizedRows, QuantizedRows] | None,
+    gate: jax.Array | None,
+    up: jax.Array,
+    rows: jax.Array | None,
 ) -> None:
-    """Raise ValueError unless the scout has a gate and an up [E, D], of a layer with a gate."""
+    """Raise ValueError unless the scout is of gate and up [E, D], all rows of a layer with both."""
     if scout is None:
         return
-    if gate is None:
-        raise ValueError("masked_mlp takes a scout of a gated layer only: leave it out")
-    shapes = [w.shape for w in scout]
-    if shapes != [(E, D)] * 2:
+    if gate is None or rows is not None:
+        raise ValueError("masked_mlp takes a scout of all rows of a gated layer: leave it out")
+    wanted, shapes = (up.shape[0], math.prod(up.shape[1:])), [w.shape for w in scout]
+    if shapes != [wanted] * 2:
         raise ValueError(
-            f"masked_mlp needs a scout of gate and up [E,D] with E = {E}, D = {D}, got {shapes}: "
-            "make it of these weights"
+            f"masked_mlp needs a scout of gate and up [E,D] = {list(wanted)}, got {shapes}: make "
+            "it of these weights"
         )
 
 
@@ -92,6 +95,12 @@ def check_selection(selection: Selection, E: int) -> None:
         raise ValueError(f"a selection of C = {C} candidates is outside 0..E = {E}: lower it")
     if selection.threshold is None and not 0 <= k <= C:
         raise ValueError(f"a selection of k = {k} candidates is outside 0..C = {C}: lower it")
+    exact = selection.exact
+    if exact is not None and (C != E or selection.shared or not 0 <= exact <= k):
+        raise ValueError(
+            f"a selection with exact = {exact} is of all E = {E} channels, for each token, and "
+            f"at most its k = {k}: got C = {C}, shared = {selection.shared}"
+        )
     for name in ("candidate", "weight", "threshold"):
         array = getattr(selection, name)
         if array is not None and array.shape != (C,):

@@ -33,8 +33,8 @@ def masked_mlp(
     """FFN output [B, T, D] and the mask used [B or 1, T, E], None where every channel was on.
 
     x [B, T, D]; gate, up, down [E, D] of one kind; a mask `given` [B or 1, T, E] replaces the
-    selection, which a `scout` makes before a row is read. A shared choice needs T = 1, since it is
-    made once.
+    selection, which a `scout` makes before a row is read; how many of the chosen are then `exact`
+    holds for either. A shared choice needs T = 1, since it is made once.
     """
     B, T, D = x.shape
     E = gate.shape[0]
@@ -49,11 +49,13 @@ def masked_mlp(
     elif selection is not None:
         point, rows = selection.point, 1 if selection.shared else B * T
         point = point if scout is None else "scout"
-    used = selection if selection is not None and given is None else Selection()
+    refined = scout is not None and selection is not None and selection.exact is not None
+    scouted = point == "scout" or (refined and point == "given")
+    used = selection if selection is not None and (given is None or scouted) else Selection()
     empty = jnp.zeros((0,), jnp.float32)
     matrices, scales = zip(*map(stored, (gate, up, down)), strict=True)
-    copies = scout if point == "scout" and scout is not None else (empty, empty)
-    values, units = zip(*map(stored, copies), strict=True)
+    copies = scout if scouted and scout is not None else (empty, empty)
+    values, steps = zip(*map(stored, copies), strict=True)
     y, chosen = call(
         "popjax_masked_mlp",
         [jax.ShapeDtypeStruct(flat.shape, x.dtype), jax.ShapeDtypeStruct((rows, E), bool)],
@@ -65,10 +67,11 @@ def masked_mlp(
         mask,
         *scales,
         *values,
-        *(each.astype(jnp.float32) for each in units),
+        *steps,
         point=np.int32(_POINTS.index(point)),
         activation=np.int32(ACTIVATIONS.index(activation)),
         keep=np.int64(used.k_selected),
+        exact=np.int64(-1 if used.exact is None or not scouted else used.exact),
     )
     if point == "all":
         return y.reshape(x.shape), None

@@ -18,6 +18,7 @@ from flax import struct
 from kernels_pallas.masked_mlp import Selection
 from popjax.config import ModelConfig
 from popjax.methods.method import LayerActs, Method, check_share
+from popjax.methods.row_budgets import ENDS, rows_of_online_pruning, rows_with_dense_ends
 from popjax.methods.scores import token_norms, weight_scores
 from popjax.packing import down_norms
 from popjax.sparsity import (
@@ -26,11 +27,7 @@ from popjax.sparsity import (
     Params,
     Plan,
     partition_by_rank,
-    rows_of_online_pruning,
-    rows_with_dense_ends,
 )
-
-ENDS = ("dense", "pruned")
 
 
 @struct.dataclass

@@ -16,10 +16,11 @@ from popjax.config import ModelConfig
 from popjax.generate import Options
 from popjax.methods import GateFirst, LayerActs, Method, OnlinePruning
 from popjax.methods.gate_first import GateStatistic, gate_budget
+from popjax.methods.row_budgets import rows_of_online_pruning
 from popjax.packing import pack_layer
 from popjax.report import layer_reports, reads_only_chosen
 from popjax.run import Request, RunResult, run
-from popjax.sparsity import ChannelPartition, rows_of_online_pruning
+from popjax.sparsity import ChannelPartition
 from tests.popjax.tiny_models import CONFIGS, PROMPTS, random_params
 from tests.sharding.meshes import mesh_of_shape
 

@@ -19,11 +19,11 @@ from popjax.config import ModelConfig
 from popjax.fingerprint import fingerprint
 from popjax.generate import Options
 from popjax.methods import Method, RescoreAll, Scout
-from popjax.methods.scout import scout_budget
+from popjax.methods.row_budgets import rows_of_online_pruning
+from popjax.methods.scout import ScoutBudget, scout_budget
 from popjax.report import bytes_per_token, layer_reports, reads_only_chosen, weight_bytes
 from popjax.run import Request, RunResult, run
 from popjax.sharding import placed_params
-from popjax.sparsity import rows_of_online_pruning
 from tests.popjax.tiny_models import CONFIGS, PROMPTS, logit_tolerance, random_params
 from tests.sharding.meshes import SHAPES, case, mesh_of_shape
 
@@ -50,13 +50,17 @@ def decoded(
     return run(params, config, Request(PROMPTS[:rows], 6, method=method, options=kept))
 
 
-def test_the_scout_and_the_chosen_rows_are_what_online_pruning_reads() -> None:
-    rows = rows_of_online_pruning(1000, 0.5)
-    budget = scout_budget(1000, rows, bits=4, group=64)
-    # 2 F copies of 4.25 bits are 0.53125 F rows of 16: (1.6 - 0.53125) / 3 = 0.35625.
-    assert (budget.retained, budget.candidate, budget.k_selected) == (0, 1000, 356)
-    assert scout_budget(1000, 3000, 4, 64).k_selected == 1000
-    assert scout_budget(1000, 500, 4, 64).k_selected == 0
+def test_copies_and_rows_are_what_online_pruning_reads() -> None:
+    rows, copy = rows_of_online_pruning(1000, 0.5), 4.25 / 16
+    # 2 F copies are 0.53125 F rows; 1,068.75 of the 1,600 are left: 641 of down, 213 of the others.
+    assert scout_budget(1000, rows, copy, foretold=True) == ScoutBudget(641, 213)
+    assert scout_budget(1000, rows, copy, foretold=False) == ScoutBudget(356, 356)
+    assert scout_budget(1000, 3000, copy, foretold=True) == ScoutBudget(1000, 1000)
+    assert scout_budget(1000, 500, copy, foretold=True) == ScoutBudget(0, 0)
+    for rows in range(550, 3000, 50):
+        found = scout_budget(1000, rows, copy, foretold=True)
+        assert 0 <= found.exact <= found.on <= 1000
+        assert 0 <= rows - (531.25 + found.on + 2 * found.exact) < 3
 
 
 def layer_arrays(seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -70,11 +74,12 @@ def rounded(w: Any, bits: int = 4) -> QuantizedRows:
     return quantized(jnp.asarray(w), bits, 32)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("bits", "shared", "exact"), [(4, False, 9), (4, True, None), (8, False, 0)]
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_copies_choose_and_the_weights_compute(
-    implementation: str, bits: int, shared: bool
+    implementation: str, bits: int, shared: bool, exact: int | None
 ) -> None:
     x, gate, up, down = layer_arrays()
     copies = (rounded(gate, bits), rounded(up, bits))
@@ -85,6 +90,7 @@ def test_the_copies_choose_and_the_weights_compute(
         num_candidate=90,
         k_selected=30,
         shared=shared,
+        exact=exact,
     )
     y, mask = masked_mlp(
         *map(jnp.asarray, (x, gate, up, down)),
@@ -98,14 +104,14 @@ def test_the_copies_choose_and_the_weights_compute(
         g, u = (x[:, 0].astype(np.float64) @ np.asarray(w, np.float64).T for w in (gate, up))
         return g / (1 + np.exp(-g)) * u
 
-    foretold = np.abs(channels(*map(dequantized, copies)))
+    told = channels(*map(dequantized, copies))
+    score = np.abs(told) * norms
     if shared:
-        foretold = np.linalg.norm(foretold, axis=0, keepdims=True)
-    best = np.argsort(-foretold * norms, axis=1)[:, :30]
-    wanted = np.zeros(foretold.shape, bool)
-    np.put_along_axis(wanted, best, True, axis=1)
+        score = np.linalg.norm(score, axis=0, keepdims=True)
+    places = np.argsort(np.argsort(-score, axis=1), axis=1)
+    wanted, best = places < 30, places < (30 if exact is None else exact)
     assert mask is not None and (np.asarray(mask)[:, 0] == wanted).all()
-    expected = (channels(gate, up) * wanted) @ down
+    expected = np.where(best, channels(gate, up), np.where(wanted, told, 0)) @ down
     scale = float(np.abs(expected).max())
     np.testing.assert_allclose(np.asarray(y)[:, 0], expected, rtol=0, atol=scale * EPS * 64)
 
@@ -139,7 +145,7 @@ def test_a_tpu_fetches_the_chosen_rows_one_by_one() -> None:
     x = jnp.asarray(rng.standard_normal((1, 1, 1024)), jnp.float32)
     weights = [jnp.asarray(w, jnp.float32) for w in rng.standard_normal((3, 40, 1024)) / 32]
     copies = (rounded(weights[0]), rounded(weights[1]))
-    choice: dict[str, Any] = {"selection": Selection(num_candidate=40, k_selected=9)}
+    choice: dict[str, Any] = {"selection": Selection(num_candidate=40, k_selected=9, exact=5)}
     choice |= {"activation": "silu", "scout": copies}
     tiles = [w.reshape(40, 8, 128) for w in weights]
     y, mask = masked_mlp(x, *tiles, **choice, implementation="pallas_interpret")
@@ -162,8 +168,8 @@ def test_a_mesh_run_replays_on_one_device() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"scout": "short"}, r"scout of gate and up \[E,D\] with E = 90, D = 64"),
-        ({"scout": "whole", "gate": None}, "takes a scout of a gated layer only"),
+        ({"scout": "short"}, r"scout of gate and up \[E,D\] = \[90, 64\], got"),
+        ({"scout": "whole", "gate": None}, "takes a scout of all rows of a gated layer"),
     ],
 )
 def test_scouts_that_do_not_fit(changes: dict[str, Any], complaint: str) -> None:
@@ -179,10 +185,10 @@ def test_scouts_that_do_not_fit(changes: dict[str, Any], complaint: str) -> None
 def test_with_eight_bits_a_run_is_nearly_that_of_the_true_best(implementation: str) -> None:
     """The same count chosen from exact scores: eight bits move few of them, and logits little."""
     plain, params = params_with(8)
-    method = dataclasses.replace(ALIKE, bits=8)
+    method = dataclasses.replace(ALIKE, bits=8, rest="off")
     found = decoded(params, method, implementation=implementation)
     assert found.partition is not None and found.masks is not None
-    counts = [budget.k_selected for budget in method.budgets(CONFIG)]
+    counts = [budget.on for budget in method.budgets(CONFIG)]
     assert [np.unique(np.asarray(m).sum(-1)).tolist() for m in found.masks] == [[k] for k in counts]
     exact = tuple(dataclasses.replace(part, point="product") for part in found.partition)
     asked = Request(
@@ -216,7 +222,7 @@ def test_dense_ends_need_no_scout() -> None:
     result = decoded(params, method, FIVE)
     assert result.masks is not None
     counts = [int(np.asarray(mask)[0].sum()) for mask in result.masks]
-    assert counts == [48, *[method.budgets(FIVE)[1].k_selected] * 3, 48]
+    assert counts == [48, *[method.budgets(FIVE)[1].on] * 3, 48]
     assert result.packed_bytes == 0
 
 
@@ -231,8 +237,9 @@ def test_reports_count_the_scout_as_held_and_read(implementation: str) -> None:
     result = decoded(params, method, FIVE, implementation=implementation)
     only_chosen = reads_only_chosen(result)
     layers = layer_reports(FIVE, result.partition, 4, only_chosen, params=params)
-    rows = method.budgets(FIVE)[1].k_selected if implementation == "native" else 48
-    assert [layer.read_bytes for layer in layers[:2]] == [48 * 3 * 128, rows * 3 * 128 + copies]
+    budget = method.budgets(FIVE)[1]
+    rows = 2 * budget.exact + budget.on if implementation == "native" else 3 * 48
+    assert [layer.read_bytes for layer in layers[:2]] == [48 * 3 * 128, rows * 128 + copies]
 
 
 def test_a_saved_scout_comes_back(tmp_path: Path) -> None:
@@ -290,6 +297,7 @@ def test_models_it_cannot_serve(config: ModelConfig, method: Scout, complaint: s
     [
         ({"ratio": -1}, "ratio -1 is outside 0..1"),
         ({"ratio": 0.5, "ends": "open"}, "ends 'open' is unknown"),
+        ({"ratio": 0.5, "rest": "some"}, "rest 'some' is unknown"),
         ({"ratio": 0.5, "bits": 3}, "bits 3 in groups of 64 make no scout"),
     ],
 )
@@ -304,9 +312,13 @@ def test_other_layers_than_the_model_has() -> None:
         scouts.with_scouts(plain, [{}])
 
 
-def test_kernels_and_xla_give_one_answer() -> None:
+@pytest.mark.parametrize("ratio", [0.1, 0.4])
+def test_kernels_and_xla_give_one_answer(ratio: float) -> None:
+    """Also where every channel goes on, of which few are exact."""
     _, params = params_with()
-    kernels, xla = (decoded(params, ALIKE, rows=3, implementation=n) for n in ("native", "xla"))
+    method = dataclasses.replace(ALIKE, ratio=ratio)
+    assert (method.budgets(CONFIG)[0].on == 48) == (ratio == 0.1)
+    kernels, xla = (decoded(params, method, rows=3, implementation=n) for n in ("native", "xla"))
     assert kernels.tokens.tolist() == xla.tokens.tolist()
     assert kernels.logits is not None and xla.logits is not None
     tolerance = logit_tolerance(CONFIG, xla.logits)

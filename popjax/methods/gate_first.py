@@ -61,7 +61,7 @@ class GateFirst(Method):
 
     ratio: float
     ends: str = "dense"
-    static: float = 0.2
+    static: float = 0.0
     batch_shared: bool = False
 
     def __post_init__(self) -> None:

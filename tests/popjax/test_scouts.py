@@ -59,7 +59,7 @@ def test_copies_and_rows_are_what_online_pruning_reads() -> None:
     assert scout_budget(1000, 500, copy, foretold=True) == ScoutBudget(0, 0)
     for rows in range(550, 3000, 50):
         found = scout_budget(1000, rows, copy, foretold=True)
-        assert 0 <= found.exact <= found.on <= 1000
+        assert 0 <= found.exact <= found.on <= max(750, found.exact)
         assert 0 <= rows - (531.25 + found.on + 2 * found.exact) < 3
 
 
@@ -314,10 +314,10 @@ def test_other_layers_than_the_model_has() -> None:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.4])
 def test_kernels_and_xla_give_one_answer(ratio: float) -> None:
-    """Also where every channel goes on, of which few are exact."""
+    """Also where three quarters of the channels go on, more than three times those exact."""
     _, params = params_with()
     method = dataclasses.replace(ALIKE, ratio=ratio)
-    assert (method.budgets(CONFIG)[0].on == 48) == (ratio == 0.1)
+    assert (method.budgets(CONFIG)[0].on == 36) == (ratio == 0.1)
     kernels, xla = (decoded(params, method, rows=3, implementation=n) for n in ("native", "xla"))
     assert kernels.tokens.tolist() == xla.tokens.tolist()
     assert kernels.logits is not None and xla.logits is not None

@@ -41,7 +41,6 @@ def cases(ratio: float) -> dict[str, Method]:
         FAITHFUL: OnlinePruning(ratio=ratio),
         "gate-first": GateFirst(ratio),
         "scout": Scout(ratio),
-        "scout, none as foretold": Scout(ratio, rest="off"),
     }
 
 

@@ -31,7 +31,8 @@ class LayerActs:
     x [B, T, D] normed FFN input; residual [B, T, D] the stream it came from; valid [B, T] non-pad
     tokens. Channel activations are evaluated when first asked for: a statistic that does without
     them leaves the layer free to evaluate only the channels that are kept. On a mesh F are the
-    channels of one shard, and `shards` names the mesh axes that split them.
+    channels of one shard, and `shards` names the mesh axes that split them. gain [D]: what a norm
+    multiplies the layer's output by, None without one.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class LayerActs:
         params: Params,
         activation: str,
         shards: tuple[str, ...] | None = None,
+        gain: jax.Array | None = None,
     ) -> None:
         self.x, self.residual, self.valid = x, residual, valid
-        self.activation, self.shards = activation, shards
+        self.activation, self.shards, self.gain = activation, shards, gain
         self._params = params
         self._h: jax.Array | None = None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 from kernels_pallas.masked_mlp import Selection
 from popjax import scouts
 from popjax.config import LayerConfig, ModelConfig
-from popjax.methods.method import Method, check_share
+from popjax.methods.method import LayerActs, Method, check_share
 from popjax.methods.row_budgets import ENDS, rows_of_online_pruning, rows_with_dense_ends
+from popjax.methods.scores import gain_factors
 from popjax.sparsity import (
     ChannelPartition,
     Params,
@@ -42,7 +44,8 @@ class ScoutBudget:
 class Scout(Method):
     """Prune as many bytes of a step as OnlinePruning at `ratio`, by what a scout foretells.
 
-    A step evaluates every channel from the copies and ranks them by |h_i| ||Wd_i||. The best few
+    A step evaluates every channel from the copies and ranks them by |h_i| ||Wd_i||, Wd_i times the
+    gain of a norm that follows. The best few
     are evaluated anew with gate and up as they are; they and the next best, as foretold, go on to
     down. Copies and rows are what OnlinePruning reads (gamma 0.1), in weights of sixteen bits: see
     `scout_budget`. The prompt runs dense.
@@ -92,9 +95,17 @@ class Scout(Method):
         copy = (self.bits + 16 / self.group) / 16
         return tuple(scout_budget(F, n, copy, self.rest == "foretold") for F, n in pairs)
 
-    def plan(self, config: ModelConfig, statistics: tuple[object, ...]) -> Plan:
-        pairs = zip(config.layers, self.budgets(config), strict=True)
-        return Plan(tuple(_partition(*pair) for pair in pairs))
+    def observe(self, params: Params, acts: LayerActs) -> Any:
+        """The gain factors [F] of a norm that follows, which no prompt changes; () without one."""
+        factors = gain_factors(params, acts)
+        return () if factors is None else factors
+
+    def combine(self, before: Any, now: Any) -> Any:
+        return now
+
+    def plan(self, config: ModelConfig, statistics: tuple[Any, ...]) -> Plan:
+        triples = zip(config.layers, self.budgets(config), statistics, strict=True)
+        return Plan(tuple(_partition(*each) for each in triples))
 
     def selection(self, partition: ChannelPartition) -> Selection | None:
         return partition.selection()
@@ -123,10 +134,11 @@ def scout_budget(mlp_dim: int, rows: int, copy: float, foretold: bool) -> ScoutB
     return ScoutBudget(on, math.floor((left - on) / 2)) if foretold else ScoutBudget(alike, alike)
 
 
-def _partition(layer: LayerConfig, budget: ScoutBudget) -> ChannelPartition:
+def _partition(layer: LayerConfig, budget: ScoutBudget, factors: Any) -> ChannelPartition:
     return ChannelPartition(
         retained=jnp.zeros((0,), jnp.int32),
         candidate=jnp.arange(layer.mlp_dim, dtype=jnp.int32),
+        candidate_factor=factors if isinstance(factors, jax.Array) else None,
         k_selected=budget.on,
         exact=None if budget.exact == budget.on else budget.exact,
         point="scout",

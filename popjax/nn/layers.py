@@ -57,6 +57,13 @@ class Norm(nn.Module):
             return ops.layer_norm(x, scale, declare(self, "bias", config), config.norm_eps)
         return ops.rms_norm(x, scale, config.norm_eps, config.norm_offset)
 
+    def gain(self) -> jax.Array | None:
+        """What multiplies each number once normalised [D], float32; None before it is made."""
+        scale = self.get_variable("params", "scale")
+        if scale is None:
+            return None
+        return scale.astype(jnp.float32) + (1.0 if self.config.norm_offset else 0.0)
+
 
 class Attention(nn.Module):
     """Grouped-query attention of one layer over its cache."""
@@ -132,7 +139,8 @@ class Mlp(nn.Module):
     """Feed-forward layer whose channels a method may observe, partition and mask.
 
     On a mesh its output is that of its own channels, to be summed over shards. What no channel
-    carries, the bias of down, is left to the block.
+    carries, the bias of down, is left to the block, and so is the norm that its output goes through
+    in some families, `after`, which methods may know of.
     """
 
     config: ModelConfig
@@ -140,6 +148,7 @@ class Mlp(nn.Module):
     method: Method
     implementation: str = "xla"
     shards: tuple[str, ...] | None = None
+    after: Norm | None = None
 
     def setup(self) -> None:
         self.gate = self._matrix("gate") if self.config.gated else None
@@ -177,7 +186,8 @@ class Mlp(nn.Module):
         tokens. `given` replaces the partition that the method would choose here.
         """
         weights, activation = self._weights(), self.config.activation
-        acts = LayerActs(x, residual, valid, weights, activation, self.shards)
+        gain = None if self.after is None else self.after.gain()
+        acts = LayerActs(x, residual, valid, weights, activation, self.shards, gain)
         statistic = self.method.observe(weights, acts)
         part = self.method.prefill_partition(statistic, self.layer, given)
         if part is None or keeps_order(part, self.layer.mlp_dim):

@@ -55,11 +55,11 @@ def test_the_plan_of_a_model_that_fits_one_chip(plan: Any) -> None:
 
 
 def test_the_plan_of_gates_first(plan: Any) -> None:
-    """It packs the rows of its gates: of four layers the inner two, the others being whole."""
-    options = ("--method", "gate-first", "--ratio", "0.3", "--context", "1024", "--json")
+    """It packs the rows of its gates, of all three matrices of all four layers."""
+    options = ("--method", "gate-first", "--ratio", "0.5", "--context", "1024", "--json")
     _, pruned = answered(plan(SMALL, "--target", "v5e", *options))["forecasts"]
-    (budget,) = set(GateFirst(0.3).budgets(model_config(SMALL))[1:-1])
-    assert pruned["decode_held"]["packed"] == 2 * 3 * budget.evaluated * 576 * 2
+    (budget,) = set(GateFirst(0.5).budgets(model_config(SMALL)))
+    assert pruned["decode_held"]["packed"] == 4 * 3 * budget.evaluated * 576 * 2
 
 
 def test_the_plan_of_a_scout(plan: Any) -> None:

@@ -14,7 +14,8 @@ def asked_of(method: Method, mlp_dim: int) -> ChannelBudget:
         online = channel_budget(mlp_dim, 0.5, 0.05)
         rows = 2 * online.evaluated + online.active
         if isinstance(method, GateFirst):
-            return ChannelBudget(0, rows // 2, rows // 4)
+            chosen = (rows - rows * 17 // 32) // 2
+            return ChannelBudget(0, rows - 2 * chosen, chosen)
         # Of which two copies of four bits, and a scale of sixteen for 32 of them, take a part.
         return ChannelBudget(0, mlp_dim, int((rows - 2 * mlp_dim * 4.5 / 16) * 3 / 5))
     return channel_budget(mlp_dim, 0.5)

@@ -48,8 +48,8 @@ METHODS: dict[str, Method] = {
     "frozen": Frozen(0.5),
     "rescore": RescoreAll(0.5),
     "griffin": Griffin(0.5),
+    "gate-first": GateFirst(0.5),
     # Two layers are both ends, which by default stay whole.
-    "gate-first": GateFirst(0.5, ends="pruned"),
     "scout": Scout(0.5, ends="pruned", group=32),
 }
 # The default on one CPU is the kernels, so plain names run on them; these name the other form.

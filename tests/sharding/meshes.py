@@ -29,7 +29,7 @@ PRUNING: dict[str, Method] = {
     "frozen": Frozen(0.5),
     "griffin": Griffin(0.5),
     "rescore-all": RescoreAll(0.5),
-    "gate-first": GateFirst(0.5, ends="pruned"),
+    "gate-first": GateFirst(0.5),
 }
 VOCAB = 96
 

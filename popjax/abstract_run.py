@@ -105,7 +105,7 @@ def packed(
 
 def _packed_partition(part: ChannelPartition, whole: bool) -> ChannelPartition:
     norm = None
-    if not whole or part.k_selected < part.num_candidate:
+    if not whole or not part.decided:
         norm = jax.ShapeDtypeStruct(part.candidate.shape, jnp.float32)
     return dataclasses.replace(part, candidate_norm=norm, packed=not whole)
 

@@ -23,9 +23,11 @@ from popjax.abstract_run import Place, decode_arguments, outputs_of, packed
 from popjax.buckets import bucket
 from popjax.config import ModelConfig
 from popjax.generate import Options, Programs
-from popjax.methods import Method, check_evaluated, method_name
+from popjax.methods import Method, Scout, check_evaluated, method_name
+from popjax.methods.scout import scouts_for
 from popjax.nn.transformer import Inputs
 from popjax.sampling import SamplingConfig
+from popjax.scouts import with_scouts
 from popjax.sparsity import Params
 from popjax.targets import Target, devices
 
@@ -168,6 +170,9 @@ class Rehearsal:
         self.method = workload.method.for_model(config)
         self.place = Place.of(config, devices(workload.target))
         self.params = self.place.params(config, jnp.dtype(workload.dtype))
+        if isinstance(self.method, Scout):
+            added = scouts_for(self.method, self.params, config)
+            self.params = with_scouts(self.params, self.place.abstract(added, "F"))
         tokens: Any = jax.ShapeDtypeStruct((rows, workload.prompt_slots), jnp.int32)
         self._inputs = self.place.abstract(Inputs(tokens, tokens), "B")
         static = {"config": config, "method": self.method, "capacity": workload.slots}

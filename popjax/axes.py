@@ -10,6 +10,7 @@ there is no catch-all.
     F FFN channels     R retained          C candidate         V vocabulary      L layers
     A gate width       Z sinks of a gate   P rows of learned positions
     E experts held     M channels of one expert     X experts that a router chooses among
+    U bytes of a row of a scout     W scales of one
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ PARAMETERS: dict[str, str] = {
     "layer_{i}/mlp/gate": "FD",
     "layer_{i}/mlp/up": "FD",
     "layer_{i}/mlp/down": "FD",
+    # Copies of gate and up in few bits, no model's own either: `popjax.scouts` adds them.
+    "layer_{i}/mlp/scout_gate": "FU",
+    "layer_{i}/mlp/scout_gate_scale": "FW",
+    "layer_{i}/mlp/scout_up": "FU",
+    "layer_{i}/mlp/scout_up_scale": "FW",
     # Of up: packed like its rows. That of down belongs to no channel, so it lies outside.
     "layer_{i}/mlp/up_bias": "F",
     "layer_{i}/mlp_bias": "D",

@@ -79,9 +79,14 @@ class ExpertPartition:
         return self.num_retained + self.num_candidate == self.expert_dim
 
     @property
+    def decided(self) -> bool:
+        """Whether all candidates are on, so that a step has nothing to choose."""
+        return self.k_selected == self.num_candidate
+
+    @property
     def all_on(self) -> bool:
         """Whether every channel that a mask speaks of is on in every step."""
-        return self.k_selected == self.num_candidate and self.whole is None
+        return self.decided and self.whole is None
 
     def kept(self) -> jax.Array:
         """Bool [E, M]: R u C, or all of an expert that is whole."""

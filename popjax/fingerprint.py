@@ -19,13 +19,13 @@ def fingerprint(params: Params, config: ModelConfig) -> str:
     """A digest of the config, and of all vectors and the first rows of all matrices in float32.
 
     Of experts the first row of each matrix. Weights that were trained further differ in it; the
-    same weights in another dtype may too. How matrices are kept does not matter, nor gates that
-    were added.
+    same weights in another dtype may too. How matrices are kept does not matter, nor gates and
+    scouts that were added.
     """
     digest = hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
-        if "kv_gate" in name:
+        if "kv_gate" in name or "'scout_" in name:
             continue
         digest.update(name.encode())
         if "'moe'" in name and leaf.ndim == 3:

@@ -13,6 +13,7 @@ from kernels_pallas.choice import implementation_for
 from kernels_pallas.masked_mlp import PALLAS
 from kernels_pallas.row_products.tpu import LANES, tile_rows
 from popjax.request import Request
+from popjax.scouts import without_scouts
 from popjax.sparsity import Params
 
 
@@ -23,7 +24,8 @@ def chosen_implementation(request: Request, params: Params, mesh: Mesh | None) -
     ffns = (held.get("mlp", held.get("shared")) for held in layers)
     matrix = next((ffn["down"] for ffn in ffns if ffn is not None), None)
     asked, vectors = request.options.implementation, len(request.prompts)
-    found = implementation_for(asked, params, matrix, vectors)
+    # What serves the weights serves their scouts.
+    found = implementation_for(asked, without_scouts(params), matrix, vectors)
     if request.options.pack:
         return found
     obstacle = _index_obstacle(found, matrix, mesh)

@@ -136,7 +136,7 @@ def _pack_layers(
     downs = [packed[i]["down"] for i in reduced]
     norms = _last_norms(downs, [partitions[i].candidate for i in reduced])
     for i, norm in zip(reduced, norms, strict=True):
-        parts[i] = dataclasses.replace(parts[i], candidate_norm=norm, packed=True)
+        parts[i] = dataclasses.replace(_with_norm(parts[i], norm), packed=True)
     for i, part in enumerate(partitions):
         if whole[i]:
             # One layer at a time: together, XLA's CPU backend holds every layer's squares at once.
@@ -146,9 +146,15 @@ def _pack_layers(
 
 def _with_norms(part: ChannelPartition, down: jax.Array) -> ChannelPartition:
     """The partition with the norms [C] of its rows of the full down, where any are chosen."""
-    if part.k_selected == part.num_candidate:
+    if part.decided:
         return part
-    return dataclasses.replace(part, candidate_norm=down_norms(down)[part.candidate])
+    return _with_norm(part, down_norms(down)[part.candidate])
+
+
+def _with_norm(part: ChannelPartition, norm: jax.Array) -> ChannelPartition:
+    if part.candidate_factor is not None:
+        norm = norm * part.candidate_factor
+    return dataclasses.replace(part, candidate_norm=norm)
 
 
 @jax.jit

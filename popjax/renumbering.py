@@ -9,6 +9,8 @@ what every token uses beside them is split as any FFN.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,13 +55,17 @@ def _by_shard(
                 f"partition of layer {i} has {counts.tolist()} {name} channels on the {shards} "
                 "shards of F, which must be equal: use a partition made on this mesh"
             )
-    if part.k_selected % shards:
+    if part.k_selected % shards or (part.exact or 0) % shards:
         raise ValueError(
             f"k_selected {part.k_selected} of layer {i} is not a multiple of the {shards} shards "
             "of F: use a partition made on this mesh"
         )
     retained, candidate = (jnp.asarray(indices % width, jnp.int32) for indices in sets.values())
-    return ChannelPartition(retained, candidate, k_selected=part.k_selected // shards)
+    chosen = {"k_selected": part.k_selected // shards}
+    if part.exact is not None:
+        chosen["exact"] = part.exact // shards
+    # Candidates ascend over all shards, so their factors lie by shard as they are.
+    return dataclasses.replace(part, retained=retained, candidate=candidate, **chosen)
 
 
 def from_shards(
@@ -86,9 +92,10 @@ def _over_all(part: ChannelPartition | None, width: int, shards: int) -> Channel
     def counted(indices: jax.Array) -> jax.Array:
         return jnp.asarray((sharding.fetched(indices).reshape(shards, -1) + starts).reshape(-1))
 
-    return ChannelPartition(
-        counted(part.retained), counted(part.candidate), k_selected=part.k_selected * shards
-    )
+    exact = None if part.exact is None else part.exact * shards
+    found = dataclasses.replace(part, k_selected=part.k_selected * shards, exact=exact)
+    places = {"retained": counted(part.retained), "candidate": counted(part.candidate)}
+    return dataclasses.replace(found, **places)
 
 
 def masks_to_shards(

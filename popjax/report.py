@@ -19,7 +19,8 @@ from popjax.depth.applied import without_others
 from popjax.depth.report import DepthReport, depth_report
 from popjax.expert_partition import ExpertPartition
 from popjax.generate import Masks
-from popjax.sparsity import Params, Partitions, unrouted
+from popjax.scouts import scout_bytes
+from popjax.sparsity import ChannelPartition, Params, Partitions, unrouted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +123,12 @@ def layer_reports(
     only_chosen: bool,
     by_index: bool = False,
     masks: Masks | None = None,
+    params: Params | None = None,
 ) -> tuple[LayerReport, ...]:
     """One LayerReport a layer; without a partition every channel is retained.
 
     by_index: whether rows of experts are fetched by index. masks: those in use, where recorded.
+    params: where scouts would be.
     """
     reports = []
     for i, layer in enumerate(config.layers):
@@ -147,9 +150,9 @@ def layer_reports(
             if alone.threshold is not None and masks is not None:
                 active = _mean_count(masks[i])
             chosen = active if alone is part else alone.active
-            spared = alone.evaluated - chosen if only_chosen else 0
-            # A gate that is shut spares the row of up as well.
-            read += alone.evaluated * channel - spared * row * (2 if alone.point == "gate" else 1)
+            read += _read(alone, channel, row, chosen if only_chosen else None)
+            if alone.point == "scout" and not alone.decided:
+                read += scout_bytes(params or {}, i)
         if alone is not None and alone is not part:
             retained, candidate = retained + alone.num_retained, candidate + alone.num_candidate
             channels, dense = channels + layer.mlp_dim, dense + layer.mlp_dim * channel
@@ -161,6 +164,20 @@ def _mean_count(mask: jax.Array) -> int:
     """Channels on in a step of a row, on average over the steps [n, B, F] that were recorded."""
     counts = np.asarray(mask).sum(axis=-1)
     return round(float(np.mean(counts))) if counts.size else mask.shape[-1]
+
+
+def _read(part: ChannelPartition, channel: int, row: int, chosen: int | None) -> int:
+    """Bytes of weights read of a partition whose channels have so many bytes, a row of down too.
+
+    chosen: how many are on, where no others are read to the end: down, by the gate alone up too, by
+    a scout all three.
+    """
+    on = part.evaluated if chosen is None else chosen
+    if part.point == "scout" and not part.decided:
+        exact = on if part.exact is None or chosen is None else part.exact
+        return exact * (channel - row) + on * row
+    late = 2 * row if part.point == "gate" else row
+    return part.evaluated * (channel - late) + on * late
 
 
 def rows_read(part: ExpertPartition) -> int:
@@ -205,11 +222,11 @@ def weight_bytes(params: Params) -> int:
 def bytes_per_token(config: ModelConfig, params: Params) -> int:
     """Bytes of weights that one dense decode step reads for one row.
 
-    Every weight once, of experts those that it goes to, except that an embedding table is read
-    whole only as the output head; as an input table, or one of positions, it costs one row.
+    Every weight once and no scout, of experts those that it goes to, except that an embedding table
+    is read whole only as the output head; as an input table, or one of positions, it costs one row.
     """
     table = params["embed"]["table"]
-    total = weight_bytes(params)
+    total = weight_bytes(params) - scout_bytes(params)
     for layer in config.layers:
         if layer.moe is not None:
             # A token reads its own experts.
@@ -240,7 +257,7 @@ def make_report(
     params, config = without_others(params, config, result.layers)
     itemsize = params["embed"]["table"].dtype.itemsize
     by_index = result.implementation in NATIVE
-    kinds = (reads_only_chosen(result), by_index, result.masks)
+    kinds = (reads_only_chosen(result), by_index, result.masks, params)
     layers = layer_reports(config, result.partition, itemsize, *kinds)
     dense = bytes_per_token(config, params)
     saved = sum(layer.dense_bytes - layer.read_bytes for layer in layers)

@@ -176,10 +176,7 @@ def _check_replay(request: Request, config: ModelConfig, method: Method) -> None
         return
     besides = [p.shared for p in request.partition if isinstance(p, ExpertPartition) and p.shared]
     decided = (*request.partition, *besides)
-    undecided = any(
-        part.k_selected < part.num_candidate or getattr(part, "threshold", None) is not None
-        for part in decided
-    )
+    undecided = any(not part.decided for part in decided)
     if type(method).selection is Method.selection and undecided and request.masks is None:
         raise ValueError(
             f"the partition leaves candidates to choose, which {type(method).__name__} cannot: "

@@ -23,6 +23,7 @@ from popjax.config import LayerConfig, ModelConfig
 from popjax.expert_partition import ExpertPartition, checked_experts
 
 Params = dict[str, Any]
+POINTS = ("product", "gate", "scout")
 _LOG = logging.getLogger(__name__)
 _NOTICED = 0.05  # the share of a layer's channels by which a rounded budget may differ in silence
 
@@ -120,19 +121,24 @@ class ChannelPartition:
 
     Indices are int32 into the F channels, ascending; the others are off for this prompt.
     `k_selected` candidates are on in a step, at most so many where each has a `threshold` [C] that
-    its activation must exceed, at `point` (see `Selection`). `candidate_norm` [C], the L2 norms of
-    their rows of down, and `packed` (weights hold exactly [R | C], in that order) are filled in by
-    `pack`; so is `indexed`, where decoding fetches these rows from the full weights instead.
+    its activation must exceed. `candidate_norm` [C], the L2 norms of their rows of down times
+    `candidate_factor` [C] where there is one, and `packed` (weights hold exactly [R | C], in that
+    order) are filled in by `pack`; so is `indexed`, where decoding fetches these rows from the full
+    weights instead. point: what candidates are scored by: the "product" of gate and up, the "gate"
+    alone, or that product in the copies of a "scout". What comes after is read only where chosen.
+    exact: of those a scout chose, how many use gate and up themselves; None for all.
     """
 
     retained: jax.Array
     candidate: jax.Array
     candidate_norm: jax.Array | None = None
     threshold: jax.Array | None = None
+    candidate_factor: jax.Array | None = None
     k_selected: int = struct.field(pytree_node=False, default=0)
+    point: str = struct.field(pytree_node=False, default="product")
+    exact: int | None = struct.field(pytree_node=False, default=None)
     packed: bool = struct.field(pytree_node=False, default=False)
     indexed: bool = struct.field(pytree_node=False, default=False)
-    point: str = struct.field(pytree_node=False, default="product")
 
     @property
     def num_retained(self) -> int:
@@ -150,6 +156,12 @@ class ChannelPartition:
     def active(self) -> int:
         return self.num_retained + self.k_selected
 
+    @property
+    def decided(self) -> bool:
+        """Whether all candidates are on, so that a step has nothing to choose."""
+        some = self.k_selected < self.num_candidate or self.threshold is not None
+        return not some and self.exact is None
+
     def kept_mask(self, mlp_dim: int) -> jax.Array:
         """Bool mask [F] of R u C."""
         kept = jnp.zeros((mlp_dim,), bool)
@@ -158,8 +170,9 @@ class ChannelPartition:
     def selection(self, *, weighted: bool = True, shared: bool = False) -> Selection | None:
         """The choice of k_selected candidates by |h_i| ||Wd_i||_2, or |h_i|; None: all are on.
 
-        `shared`: one choice for the batch, by the L2 norm over it. `pack` provides the norms. With
-        thresholds the candidates that exceed them, each row and token for itself.
+        At the point "gate" by |act(g_i)| instead of |h_i|. `shared`: one choice for the batch, by
+        the L2 norm over it. `pack` provides the norms. With thresholds the candidates that exceed
+        them, each row and token for itself.
         """
         if self.threshold is not None:
             return Selection(
@@ -169,7 +182,7 @@ class ChannelPartition:
                 k_selected=self.k_selected,
                 point=self.point,
             )
-        if self.k_selected == self.num_candidate:
+        if self.decided:
             return None
         if weighted and self.candidate_norm is None:
             raise ValueError("a weighted choice needs candidate norms: pack() the partition first")
@@ -181,7 +194,9 @@ class ChannelPartition:
             num_candidate=self.num_candidate,
             k_selected=self.k_selected,
             shared=shared,
-            point=self.point,
+            # A scout's is a product too, of its own gate and up.
+            point="gate" if self.point == "gate" else "product",
+            exact=self.exact,
         )
 
 
@@ -304,6 +319,7 @@ def _checked_channels(i: int, part: ChannelPartition, layer: LayerConfig) -> Cha
             "the number of candidates"
         )
     retained, candidate = (jnp.asarray(np.sort(indices), jnp.int32) for indices in sets)
+    order = np.argsort(sets[1])
     threshold = part.threshold
     if threshold is not None:
         if threshold.shape != candidate.shape:
@@ -311,9 +327,28 @@ def _checked_channels(i: int, part: ChannelPartition, layer: LayerConfig) -> Cha
                 f"partition of layer {i} has thresholds of shape {threshold.shape} for "
                 f"{sets[1].size} candidates: give one each"
             )
-        threshold = jnp.asarray(threshold, jnp.float32)[np.argsort(sets[1])]
-    counts = {"k_selected": int(part.k_selected), "point": part.point}
-    return ChannelPartition(retained, candidate, threshold=threshold, **counts)
+        threshold = jnp.asarray(threshold, jnp.float32)[order]
+    fields: dict[str, Any] = {"point": part.point, "exact": part.exact, "threshold": threshold}
+    fields |= {
+        "candidate_factor": _checked_factor(i, part, order),
+        "k_selected": int(part.k_selected),
+    }
+    return ChannelPartition(retained, candidate, **fields)
+
+
+def _checked_factor(i: int, part: ChannelPartition, order: np.ndarray) -> jax.Array | None:
+    """The factors [C] of the candidates put in order; ValueError unless they are that many."""
+    if part.point not in POINTS:
+        raise ValueError(f"point {part.point!r} of layer {i} is unknown: use one of {POINTS}")
+    if part.candidate_factor is None:
+        return None
+    factor = np.asarray(part.candidate_factor, np.float32)
+    if factor.shape != order.shape:
+        raise ValueError(
+            f"candidate_factor of layer {i} has shape {factor.shape}, expected {order.shape}: give "
+            "each candidate one"
+        )
+    return jnp.asarray(factor[order])
 
 
 def keeps_order(part: ChannelPartition, mlp_dim: int) -> bool:

@@ -1,11 +1,11 @@
 """Feed-forward layer of a pruned decode step: evaluate channels, choose, project the chosen.
 
 Implementations. `xla`: unchosen channels are multiplied by zero and every row of `down` is read.
-`xla_gathered`: only the chosen rows of `down` are, which on XLA's CPU backend costs three to four
-times a dense product (measured). `native`: the CPU kernels, which read only what is used.
-`auto`: native where the cost model finds it faster, else xla. `pallas_tpu` and `pallas_gpu`: the
-kernels of an accelerator; `pallas_interpret`: those for TPUs interpreted on any device, slowly, to
-check them.
+`xla_gathered`: only the chosen rows of `down` are, and by the gate alone those of `up`, which on
+XLA's CPU backend costs three to four times a dense product (measured). `native`: the CPU kernels,
+which read only what is used. `auto`: native where the cost model finds it faster, else xla.
+`pallas_tpu` and `pallas_gpu`: the kernels of an accelerator; `pallas_interpret`: those for TPUs
+interpreted on any device, slowly, to check them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from kernels_pallas.masked_mlp import checks, listed, native
 from kernels_pallas.masked_mlp.reference import (
     ACTIVATIONS,
     gated_channels,
+    gated_gathered,
+    given_gathered,
     project,
     project_gathered,
 )
+from kernels_pallas.masked_mlp.scouted import foretell
 from kernels_pallas.masked_mlp.selection import POINTS, Selection, choose, select_top
 from kernels_pallas.masked_mlp.tpu import TpuAccess
 from kernels_pallas.native.cost import prefers_native
@@ -43,6 +46,7 @@ def masked_mlp(
     given: jax.Array | None = None,
     rows: jax.Array | None = None,
     up_bias: jax.Array | None = None,
+    scout: native.Scout | None = None,
     implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask [B or 1, T, E] in use, None where every channel was on.
@@ -50,36 +54,88 @@ def masked_mlp(
     x [B, T, D]; gate, up, down [E, D], the evaluated channels; or [F, D/128, 128] of which `rows`
     [E] int32 are evaluated (all without it), fetched one by one on `pallas_tpu`. `selection`
     chooses for every token; a bool mask `given` [B or 1, T, E] replaces it. Without a gate, h is
-    act(x up^T), or act(x up^T + up_bias), up_bias being [F] as the rows of up are. Raises
-    ValueError for shapes, dtypes and counts that disagree and unknown names.
+    act(x up^T), or act(x up^T + up_bias), up_bias being [F] as the rows of up are. A `scout`, gate
+    and up [E, D] in few bits, makes the selection, by what the product would be, before any row is
+    read. Raises ValueError for shapes, dtypes and counts that disagree and unknown names.
     """
     options = {"activation": activation, "selection": selection, "given": given, "rows": rows}
     _check(x, (gate, up, down), options, implementation)
     checks.check_bias(up_bias, gate, up)
+    checks.check_scout(scout, gate, up, rows)
     if up_bias is not None and rows is not None:
         up_bias = up_bias[rows]
+    # A mask from outside needs no scout, unless some of its channels are as foretold.
+    scouted = selection is not None and (given is None or selection.exact is not None)
+    by_scout = (scout, selection, given, activation, implementation)
     if implementation in PALLAS:
+        if scouted and scout is not None:
+            return _scouted(x, (gate, up, down), *by_scout)
         access = _access(implementation)
         return listed.masked_mlp(x, gate, up, down, access, up_bias=up_bias, **options)
     if up.ndim == 3:
         gate = None if gate is None else _evaluated(gate, rows)
         up, down = _evaluated(up, rows), _evaluated(down, rows)
+    del options["rows"]
     if gate is None:
         h = gated_channels(x, None, up, activation, up_bias, _products(implementation))
         mask = choose(h, selection) if given is None and selection is not None else given
         held = h if mask is None else jnp.where(mask, h, jnp.zeros((), h.dtype))
         return contract(held, down, _products(implementation)), mask
     if _native(x, gate, selection, implementation):
-        del options["rows"]
-        return native.masked_mlp(x, gate, up, down, **options)
+        return native.masked_mlp(x, gate, up, down, scout=scout, **options)
+    if scouted and scout is not None:
+        return _scouted(x, (gate, up, down), *by_scout)
+    return _by_xla(x, (gate, up, down), implementation == "xla_gathered", **options)
+
+
+def _scouted(
+    x: jax.Array,
+    weights: checks.Weights,
+    scout: native.Scout,
+    selection: Selection,
+    given: jax.Array | None,
+    activation: str,
+    implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`masked_mlp` whose choice a scout makes, where the CPU kernel does not do it all."""
+    told = foretell(x, scout, activation, selection, given)
+    gate, up, down = weights
+    assert gate is not None, "check_scout refuses a layer without a gate"
+    if implementation in PALLAS:
+        # How many channels are on is known of a choice made here, not of a mask from outside.
+        chosen = selection if given is None else None
+        access = _access(implementation)
+        return listed.scouted(x, (gate, up, down), access, told, chosen, activation), told.on
+    if implementation == "xla_gathered":
+        active = _active(selection, told.on)
+        exact = active if selection.exact is None else selection.exact
+        y = given_gathered(x, (gate, up, down), activation, told.exact, exact)
+        rest = told.on & ~told.exact
+        return y + project_gathered(told.a, down, rest, active - exact), told.on
+    h = gated_channels(x, gate, up, activation)
+    return project(jnp.where(told.exact, h, told.rest()), down), told.on
+
+
+def _by_xla(
+    x: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    gathered: bool,
+    *,
+    activation: str,
+    selection: Selection | None,
+    given: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    gate, up, down = weights
     if selection is not None and selection.point == "gate":
         a = ACTIVATIONS[activation](expand(x, gate))
         mask = choose(a, selection) if given is None else given
+        if gathered:
+            return gated_gathered(a, x, up, down, mask, _active(selection, mask)), mask
         h = a * expand(x, up)
     else:
         h = gated_channels(x, gate, up, activation)
         mask = choose(h, selection) if given is None and selection is not None else given
-    if mask is not None and implementation == "xla_gathered":
+    if mask is not None and gathered:
         return project_gathered(h, down, mask, _active(selection, mask)), mask
     return project(h, down, mask), mask
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp.reference import ACTIVATIONS
 from kernels_pallas.masked_mlp.selection import POINTS, Selection
+from kernels_pallas.row_products import QuantizedRows
 
 Weights = tuple[jax.Array | None, jax.Array, jax.Array]
 
@@ -57,6 +58,25 @@ def check_bias(bias: jax.Array | None, gate: jax.Array | None, up: jax.Array) ->
         )
 
 
+def check_scout(
+    scout: tuple[QuantizedRows, QuantizedRows] | None,
+    gate: jax.Array | None,
+    up: jax.Array,
+    rows: jax.Array | None,
+) -> None:
+    """Raise ValueError unless the scout is of gate and up [E, D], all rows of a layer with both."""
+    if scout is None:
+        return
+    if gate is None or rows is not None:
+        raise ValueError("masked_mlp takes a scout of all rows of a gated layer: leave it out")
+    wanted, shapes = (up.shape[0], math.prod(up.shape[1:])), [w.shape for w in scout]
+    if shapes != [wanted] * 2:
+        raise ValueError(
+            f"masked_mlp needs a scout of gate and up [E,D] = {list(wanted)}, got {shapes}: make "
+            "it of these weights"
+        )
+
+
 def check_given(given: jax.Array, B: int, T: int, E: int) -> None:
     """Raise ValueError unless the mask is bool [B or 1, T, E]."""
     if given.dtype != bool or given.shape not in ((B, T, E), (1, T, E)):
@@ -75,6 +95,12 @@ def check_selection(selection: Selection, E: int) -> None:
         raise ValueError(f"a selection of C = {C} candidates is outside 0..E = {E}: lower it")
     if selection.threshold is None and not 0 <= k <= C:
         raise ValueError(f"a selection of k = {k} candidates is outside 0..C = {C}: lower it")
+    exact = selection.exact
+    if exact is not None and (C != E or selection.shared or not 0 <= exact <= k):
+        raise ValueError(
+            f"a selection with exact = {exact} is of all E = {E} channels, for each token, and "
+            f"at most its k = {k}: got C = {C}, shared = {selection.shared}"
+        )
     for name in ("candidate", "weight", "threshold"):
         array = getattr(selection, name)
         if array is not None and array.shape != (C,):

@@ -3,14 +3,17 @@
 //   h = act(x gate^T) * (x up^T)      y = (h * mask) down      mask: R always, of C the chosen
 //
 // What is chosen from decides what is read. From the product: gate and up of all rows, down of the
-// chosen. From the gate alone: gate of all rows, up and down of the chosen. Given from outside: the
-// chosen rows of all three. A row that no vector of the batch uses is not read.
+// chosen. From the gate alone: gate of all rows, up and down of the chosen. Given from outside, or
+// from a scout, copies of gate and up in few bits: the chosen rows of all three. A row that no
+// vector of the batch uses is not read.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "native/activation.h"
 #include "native/buffers.h"
 #include "native/rows.h"
 #include "native/select.h"
@@ -21,21 +24,7 @@ namespace popjax {
 namespace {
 
 // In the order of masked_mlp/native.py.
-enum class Activation : int32_t { kSilu, kGeluTanh, kGelu, kRelu };
-enum class Point : int32_t { kAll, kProduct, kGate, kGiven };
-
-POPJAX_INLINE float activated(float g, Activation kind) {
-  switch (kind) {
-    case Activation::kSilu:
-      return g / (1.0f + std::exp(-g));
-    case Activation::kGeluTanh:
-      return 0.5f * g * (1.0f + std::tanh(0.7978845608f * (g + 0.044715f * g * g * g)));
-    case Activation::kGelu:
-      return 0.5f * g * (1.0f + std::erf(g * 0.70710678118f));
-    default:
-      return g > 0.0f ? g : 0.0f;
-  }
-}
+enum class Point : int32_t { kAll, kProduct, kGate, kGiven, kScout };
 
 struct Call {
   int64_t vectors, channels, width;  // N, F, D
@@ -43,6 +32,7 @@ struct Call {
   Point point;
   bool shared;  // one mask for all vectors
   int64_t keep;
+  int64_t exact;  // of the chosen by a scout, so many from the weights; all where negative
   std::vector<int64_t> candidates;
   const float* weight;     // [C] or null
   const float* threshold;  // [C] or null: chosen by score > threshold instead of by rank
@@ -163,14 +153,51 @@ void project(const Call& call, const W& down, const float* h, float* y, Team& te
   partial.add_up(y, team);
 }
 
+// Of the channels that are on for a vector, the `exact` best by what a scout foretold in h.
+void best(const Call& call, const float* h, uint8_t* mask, Team& team) {
+  team.run(call.mask_rows(), [&](int64_t row) {
+    std::vector<float> every(call.candidates.size()), scores;
+    score(call, h, row, every);
+    std::vector<int64_t> on;
+    for (size_t c = 0; c < every.size(); ++c) {
+      if (!call.mask[row * call.channels + call.candidates[c]]) continue;
+      on.push_back(call.candidates[c]);
+      scores.push_back(every[c]);
+    }
+    std::vector<uint8_t> chosen(on.size());
+    const auto size = static_cast<int64_t>(on.size());
+    select_top(scores.data(), size, std::min(call.exact, size), chosen.data());
+    for (size_t i = 0; i < on.size(); ++i) mask[row * call.channels + on[i]] = chosen[i];
+  });
+}
+
+// h of a scout, replaced by that of the weights where it is best.
 template <typename W>
-void mlp(const Call& call, const W& gate, const W& up, const W& down, const float* x, float* y,
-         Team& team) {
-  std::unique_ptr<float[]> h(new float[call.channels * call.vectors]);
-  evaluate(call, gate, up, x, call.point == Point::kGate, h.get(), team);
-  if (call.point == Point::kProduct || call.point == Point::kGate) choose(call, h.get(), team);
-  if (call.point == Point::kGate) multiply_up(call, up, x, h.get(), team);
-  project(call, down, h.get(), y, team);
+void refine(const Call& call, const W& gate, const W& up, const float* x, float* h, Team& team) {
+  std::vector<uint8_t> mask(call.mask_rows() * call.channels);
+  best(call, h, mask.data(), team);
+  Call inner = call;
+  inner.mask = mask.data();
+  std::vector<float> exact(call.channels * call.vectors);
+  evaluate(inner, gate, up, x, false, exact.data(), team);
+  for (int64_t at = 0; at < call.channels * call.vectors; ++at) {
+    if (inner.mask_of(at % call.vectors)[at / call.vectors]) h[at] = exact[at];
+  }
+}
+
+// With `foretold`, h [F, N] is there already, a scout's.
+template <typename W>
+void mlp(const Call& call, const W& gate, const W& up, const W& down, const float* x, float* h,
+         bool foretold, float* y, Team& team) {
+  if (call.point == Point::kScout) choose(call, h, team);
+  if (foretold && call.exact >= 0) {
+    refine(call, gate, up, x, h, team);
+  } else {
+    evaluate(call, gate, up, x, call.point == Point::kGate, h, team);
+  }
+  if (call.point == Point::kProduct || call.point == Point::kGate) choose(call, h, team);
+  if (call.point == Point::kGate) multiply_up(call, up, x, h, team);
+  project(call, down, h, y, team);
 }
 
 ffi::Error read_call(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
@@ -223,13 +250,30 @@ bool alike(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
   return a.element_type() == b.element_type() && a.element_count() == b.element_count();
 }
 
+// h [F, N] as a scout, gate and up as `values` with `scales`, foretells it.
+ffi::Error foretell(const Call& call, const ffi::AnyBuffer* values, const ffi::AnyBuffer* scales,
+                    const float* x, float* h, Team& team) {
+  const bool fits = alike(values[0], values[1]) && alike(scales[0], scales[1]);
+  if (!fits || dim(values[0], 0) != call.channels) {
+    return invalid("a scout has a gate and an up of one kind, with a row for each channel");
+  }
+  return with_rows(values[0], scales[0], call.width, [&](auto gate) {
+    auto up = gate;
+    up.data = static_cast<decltype(up.data)>(values[1].untyped_data());
+    set_scales(up, scales[1]);
+    evaluate(call, gate, up, x, false, h, team);
+    return ffi::Error::Success();
+  });
+}
+
 ffi::Error masked_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gate,
                       ffi::AnyBuffer up, ffi::AnyBuffer down, ffi::RemainingArgs more,
                       ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mask,
-                      int32_t point, int32_t activation, int64_t keep) {
-  // candidate [C], weight [C], threshold [C], given [M, F], then the scales of gate, up and down.
+                      int32_t point, int32_t activation, int64_t keep, int64_t exact) {
+  // candidate [C], weight [C], threshold [C], given [M, F], then the scales of gate, up and down,
+  // gate and up of a scout, and their scales.
   std::vector<ffi::AnyBuffer> rest;
-  for (size_t i = 0; i < 7; ++i) {
+  for (size_t i = 0; i < 11; ++i) {
     auto buffer = more.get<ffi::AnyBuffer>(i);
     if (buffer.has_error()) return buffer.error();
     rest.push_back(*buffer);
@@ -248,13 +292,20 @@ ffi::Error masked_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gat
   const Activations in(x);
   Result out(*y);
   Team team(pool, kPieces);
+  std::unique_ptr<float[]> h(new float[call.channels * call.vectors]);
+  const bool foretold = rest[7].element_count() > 0;
+  call.exact = exact;
+  if (foretold) {
+    auto error = foretell(call, &rest[7], &rest[9], in.data(), h.get(), team);
+    if (error.failure()) return error;
+  }
   return with_rows(gate, rest[4], call.width, [&](auto g) {
     auto u = g, d = g;
     u.data = static_cast<decltype(u.data)>(up.untyped_data());
     d.data = static_cast<decltype(d.data)>(down.untyped_data());
     set_scales(u, rest[5]);
     set_scales(d, rest[6]);
-    mlp(call, g, u, d, in.data(), out.data(), team);
+    mlp(call, g, u, d, in.data(), h.get(), foretold, out.data(), team);
     out.store();
     return ffi::Error::Success();
   });
@@ -287,7 +338,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(popjax_masked_mlp, masked_mlp,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int32_t>("point")
                                   .Attr<int32_t>("activation")
-                                  .Attr<int64_t>("keep"));
+                                  .Attr<int64_t>("keep")
+                                  .Attr<int64_t>("exact"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(popjax_top, top,
                               ffi::Ffi::Bind()

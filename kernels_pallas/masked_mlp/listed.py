@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp.reference import ACTIVATIONS
+from kernels_pallas.masked_mlp.scouted import Foretold
 from kernels_pallas.masked_mlp.selection import Selection, choose
 
 
@@ -62,8 +63,9 @@ def masked_mlp(
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask [B or 1, T, E] in use, None where every channel was on.
 
-    `rows` [E] names the evaluated channels of the matrices, which are all of them without it. No
-    gate: h = act(x up^T), or act(x up^T + up_bias) with up_bias [E] of the evaluated channels.
+    `rows` [E] names the evaluated channels of the matrices, which are all of them without it. A
+    mask `given` goes with the `selection` that it is of, if any. No gate: h = act(x up^T), or act(x
+    up^T + up_bias) with up_bias [E] of the evaluated channels.
     """
     B, T, D = x.shape
     layer = _Layer(B * T, T, up.shape[0], rows, access)
@@ -86,7 +88,7 @@ def masked_mlp(
         h = layer.at(channels(every)[:, : layer.evaluated], every)
         return layer.contract(h, down, every).astype(x.dtype).reshape(x.shape), None
     if given is not None:
-        mask, used = given, layer.used(given, None, down)
+        mask, used = given, layer.used(given, selection, down)
         h = channels(used)
     else:
         assert selection is not None
@@ -99,6 +101,31 @@ def masked_mlp(
     on = jnp.broadcast_to(mask, (B, T, layer.evaluated)).reshape(B * T, layer.evaluated)
     y = layer.contract(jnp.where(layer.at(on, used), h, 0.0), down, used)
     return y.astype(x.dtype).reshape(x.shape), mask
+
+
+def scouted(
+    x: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    access: Access,
+    told: Foretold,
+    selection: Selection | None,
+    activation: str,
+) -> jax.Array:
+    """FFN output [B, T, D] of what a scout chose; `selection` says how many, where it is known."""
+    B, T, D = x.shape
+    gate, up, down = weights
+    exact, rest = selection, None
+    if selection is not None and selection.exact is not None:
+        exact = dataclasses.replace(selection, k_selected=selection.exact)
+        rest = dataclasses.replace(selection, k_selected=selection.k_selected - selection.exact)
+    options: dict[str, Any] = {"activation": activation, "selection": exact}
+    y, _ = masked_mlp(x, gate, up, down, access, given=told.exact, **options)
+    if told.exact is told.on:
+        return y
+    layer = _Layer(B * T, T, up.shape[0], None, access)
+    used = layer.used(told.on & ~told.exact, rest, down)
+    h = told.rest().reshape(B * T, layer.evaluated).astype(jnp.float32)
+    return y + layer.contract(layer.at(h, used), down, used).astype(x.dtype).reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,13 @@ import numpy as np
 
 from kernels_pallas.masked_mlp.selection import Selection
 from kernels_pallas.native import call
-from kernels_pallas.row_products.quantized import Rows, stored
+from kernels_pallas.row_products.quantized import QuantizedRows, Rows, stored
 
+# Copies of gate and up in few bits.
+Scout = tuple[QuantizedRows, QuantizedRows]
 # Their places are the numbers of cpu.cc.
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
-_POINTS = ("all", "product", "gate", "given")
+_POINTS = ("all", "product", "gate", "given", "scout")
 
 
 def masked_mlp(
@@ -26,11 +28,13 @@ def masked_mlp(
     activation: str,
     selection: Selection | None = None,
     given: jax.Array | None = None,
+    scout: Scout | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """FFN output [B, T, D] and the mask used [B or 1, T, E], None where every channel was on.
 
     x [B, T, D]; gate, up, down [E, D] of one kind; a mask `given` [B or 1, T, E] replaces the
-    selection. A shared choice needs T = 1, since it is made once.
+    selection, which a `scout` makes before a row is read; how many of the chosen are then `exact`
+    holds for either. A shared choice needs T = 1, since it is made once.
     """
     B, T, D = x.shape
     E = gate.shape[0]
@@ -44,9 +48,14 @@ def masked_mlp(
         mask = mask.reshape(rows, E)
     elif selection is not None:
         point, rows = selection.point, 1 if selection.shared else B * T
-    used = selection if selection is not None and given is None else Selection()
+        point = point if scout is None else "scout"
+    refined = scout is not None and selection is not None and selection.exact is not None
+    scouted = point == "scout" or (refined and point == "given")
+    used = selection if selection is not None and (given is None or scouted) else Selection()
     empty = jnp.zeros((0,), jnp.float32)
     matrices, scales = zip(*map(stored, (gate, up, down)), strict=True)
+    copies = scout if scouted and scout is not None else (empty, empty)
+    values, steps = zip(*map(stored, copies), strict=True)
     y, chosen = call(
         "popjax_masked_mlp",
         [jax.ShapeDtypeStruct(flat.shape, x.dtype), jax.ShapeDtypeStruct((rows, E), bool)],
@@ -57,9 +66,12 @@ def masked_mlp(
         empty if used.threshold is None else used.threshold,
         mask,
         *scales,
+        *values,
+        *steps,
         point=np.int32(_POINTS.index(point)),
         activation=np.int32(ACTIVATIONS.index(activation)),
         keep=np.int64(used.k_selected),
+        exact=np.int64(-1 if used.exact is None or not scouted else used.exact),
     )
     if point == "all":
         return y.reshape(x.shape), None

@@ -63,10 +63,53 @@ def project_gathered(h: jax.Array, down: jax.Array, mask: jax.Array, count: int)
     h, mask [B, T, F] with exactly `count` channels on in every [b, t]; down [F, D]. Equal to
     `project` up to the order of summation, and like it in the dtype of h.
     """
-    # The chosen channels in ascending order: argsort of a boolean is a stable partition.
+    rows = _chosen_rows(mask, h.shape, count)
+    return _summed(jnp.take_along_axis(h, rows, axis=-1), down, rows, h.dtype)
+
+
+def gated_gathered(
+    a: jax.Array, x: jax.Array, up: jax.Array, down: jax.Array, mask: jax.Array, count: int
+) -> jax.Array:
+    """y [B, T, D] of activated gates a [B, T, F], reading only the chosen rows of up and of down.
+
+    x [B, T, D]; the rest as of `project_gathered`.
+    """
+    rows = _chosen_rows(mask, a.shape, count)
+    u = _products(x, up, rows)
+    return _summed(jnp.take_along_axis(a, rows, axis=-1) * u, down, rows, a.dtype)
+
+
+def given_gathered(
+    x: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    activation: str,
+    mask: jax.Array,
+    count: int,
+) -> jax.Array:
+    """y [B, T, D] of x [B, T, D], reading of gate, up and down only the `count` chosen rows.
+
+    The rest as of `project_gathered`.
+    """
+    gate, up, down = weights
+    rows = _chosen_rows(mask, (*x.shape[:-1], up.shape[0]), count)
+    h = ACTIVATIONS[activation](_products(x, gate, rows)) * _products(x, up, rows)
+    return _summed(h, down, rows, x.dtype)
+
+
+def _products(x: jax.Array, w: jax.Array, rows: jax.Array) -> jax.Array:
+    """h [B, T, count] of x [B, T, D] and rows [B, T, count] of w [F, D]."""
+    taken = w.at[rows].get(mode="promise_in_bounds")
+    return jnp.einsum("BTD,BTFD->BTF", x.astype(taken.dtype), taken).astype(x.dtype)
+
+
+def _chosen_rows(mask: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
+    """The `count` channels [B, T, count] that each mask chooses, ascending."""
+    # argsort of a boolean is a stable partition.
     rows = jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
-    rows = jnp.broadcast_to(rows, (*h.shape[:-1], count))
-    chosen = jnp.take_along_axis(h, rows, axis=-1)
+    return jnp.broadcast_to(rows, (*shape[:-1], count))
+
+
+def _summed(h: jax.Array, down: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # Not jnp.take, which answers with another shape where there is no channel at all.
     taken = down.at[rows].get(mode="promise_in_bounds")
-    return jnp.einsum("BTF,BTFD->BTD", chosen.astype(taken.dtype), taken).astype(h.dtype)
+    return jnp.einsum("BTF,BTFD->BTD", h.astype(taken.dtype), taken).astype(dtype)

@@ -24,7 +24,8 @@ class Selection:
     score is |a| times weight [C], or |a|; `shared` takes the L2 norm of a over the batch first, for
     one choice for all rows. On are the k_selected largest, or those above threshold [C]. `point`
     says what a is: the gated "product", or the activated "gate" alone, so that up is only evaluated
-    where it is used.
+    where it is used. `exact`: where a scout chooses among all channels, so many of the chosen, the
+    best, are evaluated from the weights, and the others are as foretold; None: all of them are.
     """
 
     candidate: jax.Array | None = None
@@ -34,6 +35,7 @@ class Selection:
     k_selected: int = struct.field(pytree_node=False, default=0)
     shared: bool = struct.field(pytree_node=False, default=False)
     point: str = struct.field(pytree_node=False, default="product")
+    exact: int | None = struct.field(pytree_node=False, default=None)
 
     def places(self, evaluated: int) -> jax.Array:
         """Places [C] of the candidates among `evaluated` channels."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import cache_options, depth_options, frontier_options, options
+from popjax.cli import cache_options, depth_options, frontier_options, options, scout_options
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="online-pruning (default, without --depth or --kv), frozen, rescore-all or griffin; "
-        "with --statistics wanda-sp, flap, probe-pruning, teal or chess; may be repeated.",
+        help="online-pruning (default, without --depth or --kv), frozen, rescore-all, griffin, "
+        "gate-first; with --scout scout; with --statistics wanda-sp, flap, probe-pruning, teal or "
+        "chess; may be repeated.",
         rich_help_panel="Method",
     ),
 ]
@@ -73,6 +74,7 @@ def bench(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    scout: scout_options.ScoutFile = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
@@ -102,10 +104,12 @@ def bench(
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     alone = (shallow or eviction) and not (method or ratio or model_ratio)
     pruning = {} if alone else _pruning(method, ratio, model_ratio, gamma, prefill, statistics)
+    scout_options.check_scout(list(pruning.values()), scout)
     cases = _cases(pruning, shallow, eviction)
     scoring = frontier_options.chosen(text, figure, windows, prefix, scored)
     given = _given(prompt, prompt_file, prompt_tokens)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    loaded = scout_options.with_scout(loaded, scout)
     ids = loaded.encode(PASSAGE if given is None else given)[0]
     lengths = prompt_tokens or [256 if given is None else len(ids)]
     points = [(rows, length) for length in lengths for rows in batch or [1]]

@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from popjax.cli import options
+from popjax.cli.scout_options import calibrate_scout
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
     from popjax.model import LanguageModel
 
-KINDS = ("prefill-pruning", "channels")
+KINDS = ("prefill-pruning", "channels", "scout")
 What = Annotated[
     str,
     typer.Argument(
         help="prefill-pruning: how much each layer matters to prompt and reply. channels: what FFN "
-        "channels do on a text, for --statistics."
+        "channels do on a text, for --statistics. scout: copies of gate and up in four bits, for "
+        "--method scout; needs no text."
     ),
 ]
-Text = Annotated[Path, typer.Option("--text", help="UTF-8 text that prompts are cut from.")]
+Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text that prompts are cut from.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="New safetensors file to write.")]
 Samples = Annotated[int, typer.Option(min=1, help="Prompts, spread over the text.")]
 PromptTokens = Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")]
@@ -34,8 +36,8 @@ NewTokens = Annotated[
 @command
 def calibrate(
     what: What,
-    text: Text,
     out: Out,
+    text: Text = None,
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
@@ -48,18 +50,25 @@ def calibrate(
 ) -> None:
     """Measure a model on text, for `--layer-scores` (prefill-pruning) or `--statistics` (channels).
 
-    Prompts are cut from the text; for prefill-pruning the model continues them.
+    Prompts are cut from the text; for prefill-pruning the model continues them. Or write a scout.
     """
     if what not in KINDS:
         raise typer.BadParameter(
-            f"{what!r} measures nothing of a model: use {' or '.join(KINDS)}", param_hint="WHAT"
+            f"{what!r} measures nothing of a model: use {', '.join(KINDS[:-1])} or {KINDS[-1]}",
+            param_hint="WHAT",
         )
     if out.exists():
         raise typer.BadParameter(f"{out} exists: choose another name", param_hint="--out")
+    choice = options.ModelChoice(model, revision, dtype, offline, check_tensors)
+    if what == "scout":
+        calibrate_scout(choice.load(), out)
+        return
+    if text is None:
+        raise typer.BadParameter("prompts are cut from one: give --text", param_hint="--text")
     if not text.is_file():
         raise typer.BadParameter(f"there is no file {text}", param_hint="--text")
     words = options.read_prompt(None, text)
-    loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
+    loaded = choice.load()
     prompts = cut(loaded.encode(words)[0], samples, prompt_tokens)
     about = f"{samples} prompts of {prompt_tokens} tokens of {text.name}"
     if what == "channels":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import cache_options, depth_options, options
+from popjax.cli import cache_options, depth_options, options, scout_options
 from popjax.cli.terminal import Status, command, stderr_console, write
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def generate(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    scout: scout_options.ScoutFile = None,
     kv: cache_options.Kv = None,
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
@@ -78,6 +79,7 @@ def generate(
         prefill=prefill,
         statistics=statistics,
     )
+    scout_options.check_scout([chosen], scout)
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     cache_options.check_pieces(eviction, chosen, kv_every, prefill_chunk)
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
@@ -97,6 +99,7 @@ def generate(
     )
     text = options.read_prompt(prompt, prompt_file)
     loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
+    loaded = scout_options.with_scout(loaded, scout)
     wanted = {
         **sampling,
         "max_new_tokens": max_new_tokens,

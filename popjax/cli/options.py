@@ -56,8 +56,8 @@ MethodName = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="dense, online-pruning, frozen, rescore-all or griffin; with --statistics "
-        "wanda-sp, flap, probe-pruning, teal or chess.",
+        help="dense, online-pruning, frozen, rescore-all, griffin or gate-first; with --scout "
+        "scout; with --statistics wanda-sp, flap, probe-pruning, teal or chess.",
         rich_help_panel=_METHOD,
     ),
 ]

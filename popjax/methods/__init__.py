@@ -7,11 +7,13 @@ from typing import Any
 from popjax.methods.chess import CHESS
 from popjax.methods.flap import FLAP
 from popjax.methods.frozen import Frozen
+from popjax.methods.gate_first import GateFirst
 from popjax.methods.griffin import Griffin
 from popjax.methods.method import LayerActs, Method, check_evaluated
 from popjax.methods.online_pruning import OnlinePruning
 from popjax.methods.probe_pruning import ProbePruning
 from popjax.methods.rescore_all import RescoreAll
+from popjax.methods.scout import Scout
 from popjax.methods.teal import TEAL
 from popjax.methods.wanda_sp import WandaSP
 from popjax.registry import name_of, options_of, resolved
@@ -21,6 +23,8 @@ METHODS: dict[str, type[Method]] = {
     "online-pruning": OnlinePruning,
     "frozen": Frozen,
     "rescore-all": RescoreAll,
+    "gate-first": GateFirst,
+    "scout": Scout,
     "griffin": Griffin,
     "wanda-sp": WandaSP,
     "flap": FLAP,
@@ -64,12 +68,14 @@ __all__ = [
     "METHODS",
     "TEAL",
     "Frozen",
+    "GateFirst",
     "Griffin",
     "LayerActs",
     "Method",
     "OnlinePruning",
     "ProbePruning",
     "RescoreAll",
+    "Scout",
     "WandaSP",
     "check_evaluated",
     "method_name",

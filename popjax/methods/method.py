@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import Selection, gated_channels
+from kernels_pallas.row_products import expand
 from popjax.config import LayerConfig, ModelConfig
 from popjax.sparsity import ChannelPartition, Params, Plan
 
@@ -43,7 +44,8 @@ class LayerActs:
     x [B, T, D] normed FFN input; residual [B, T, D] the stream it came from; valid [B, T] non-pad
     tokens. Channel activations are evaluated when first asked for: a statistic that does without
     them leaves the layer free to evaluate only the channels that are kept. On a mesh F are the
-    channels of one shard, and `shards` names the mesh axes that split them.
+    channels of one shard, and `shards` names the mesh axes that split them. gain [D]: what a norm
+    multiplies the layer's output by, None without one.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class LayerActs:
         params: Params,
         activation: str,
         shards: tuple[str, ...] | None = None,
+        gain: jax.Array | None = None,
     ) -> None:
         self.x, self.residual, self.valid = x, residual, valid
-        self.activation, self.shards = activation, shards
+        self.activation, self.shards, self.gain = activation, shards, gain
         self._params = params
         self._h: jax.Array | None = None
 
@@ -74,6 +77,11 @@ class LayerActs:
         """h [B, T, F] in float32 with the rows of pad tokens zero, so that pads never count."""
         h = self.channels().astype(jnp.float32)
         return jnp.where(self.valid[:, :, None], h, 0.0)
+
+    def counted_ups(self) -> jax.Array:
+        """u [B, T, F] = x up^T of a gated FFN in float32, with the rows of pad tokens zero."""
+        u = expand(self.x, self._params["up"]).astype(jnp.float32)
+        return jnp.where(self.valid[:, :, None], u, 0.0)
 
     def over_channels(self, h: jax.Array) -> jax.Array:
         """The sum [B, T, 1] of h [B, T, F] over all F channels, those of other shards too."""

@@ -22,6 +22,25 @@ def token_norms(h: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(h * h, axis=(0, 1)))
 
 
+def weight_scores(params: Params) -> jax.Array:
+    """||Wg_i|| ||Wu_i|| ||Wd_i|| [F] of a gated FFN: importance where no token says anything."""
+    norms = (down_norms(params[name]) for name in ("gate", "up", "down"))
+    return functools.reduce(jnp.multiply, norms)
+
+
+def gain_factors(params: Params, acts: LayerActs) -> jax.Array | None:
+    """||gain Wd_i|| / ||Wd_i|| [F] where a norm multiplies the layer's output by a gain; or None.
+
+    What a channel adds to the stream is not its row of down but that row times the gain.
+    """
+    if acts.gain is None:
+        return None
+    down = params["down"].astype(jnp.float32)
+    plain = down_norms(down)
+    loud = down_norms(down * acts.gain[None, :])
+    return jnp.where(plain > 0, loud / jnp.where(plain > 0, plain, 1.0), 1.0)
+
+
 def channel_scores(params: Params, acts: LayerActs, kind: str) -> jax.Array:
     """Importance [F] of each channel for the prompt (arXiv 2602.06822 Eq. 3).
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import masked_mlp, project
-from popjax import axes
+from popjax import axes, scouts
 from popjax.cache import Kept, LayerCache, write_layer
 from popjax.config import LayerConfig, ModelConfig
 from popjax.eviction.method import AttentionActs
@@ -56,6 +56,13 @@ class Norm(nn.Module):
         if config.norm == "layer":
             return ops.layer_norm(x, scale, declare(self, "bias", config), config.norm_eps)
         return ops.rms_norm(x, scale, config.norm_eps, config.norm_offset)
+
+    def gain(self) -> jax.Array | None:
+        """What multiplies each number once normalised [D], float32; None before it is made."""
+        scale = self.get_variable("params", "scale")
+        if scale is None:
+            return None
+        return scale.astype(jnp.float32) + (1.0 if self.config.norm_offset else 0.0)
 
 
 class Attention(nn.Module):
@@ -142,7 +149,8 @@ class Mlp(nn.Module):
     """Feed-forward layer whose channels a method may observe, partition and mask.
 
     On a mesh its output is that of its own channels, to be summed over shards. What no channel
-    carries, the bias of down, is left to the block.
+    carries, the bias of down, is left to the block, and so is the norm that its output goes through
+    in some families, `after`, which methods may know of.
     """
 
     config: ModelConfig
@@ -150,6 +158,7 @@ class Mlp(nn.Module):
     method: Method
     implementation: str = "xla"
     shards: tuple[str, ...] | None = None
+    after: Norm | None = None
 
     def setup(self) -> None:
         self.gate = self._matrix("gate") if self.config.gated else None
@@ -171,7 +180,7 @@ class Mlp(nn.Module):
         held = {name: w.reshape(w.shape[0], -1) for name, w in matrices.items() if w is not None}
         vectors = {
             "up_bias": self.up_bias,
-            "calibrated": self.get_variable("params", "calibrated"),
+            **{name: self.get_variable("params", name) for name in ("calibrated", *scouts.names())},
         }
         return held | {name: vector for name, vector in vectors.items() if vector is not None}
 
@@ -188,7 +197,8 @@ class Mlp(nn.Module):
         tokens. `given` replaces the partition that the method would choose here.
         """
         weights, activation = self._weights(), self.config.activation
-        acts = LayerActs(x, residual, valid, weights, activation, self.shards)
+        gain = None if self.after is None else self.after.gain()
+        acts = LayerActs(x, residual, valid, weights, activation, self.shards, gain)
         statistic = self.method.observe(weights, acts)
         part = self.method.prefill_partition(statistic, self.layer, given)
         if part is not None and part.threshold is not None:
@@ -220,6 +230,7 @@ class Mlp(nn.Module):
         if selection is not None:
             # A finished row is padding: zeroed, it cannot sway a choice that the batch shares.
             x = jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
+        scouted = selection is not None and part is not None and part.point == "scout"
         return masked_mlp(
             x,
             self.gate,
@@ -230,6 +241,7 @@ class Mlp(nn.Module):
             given=recorded,
             rows=_rows(part),
             up_bias=self.up_bias,
+            scout=scouts.needed(self._weights()) if scouted else None,
             implementation=self.implementation,
         )
 

@@ -118,7 +118,8 @@ class Block(nn.Module):
             self.attn_out_norm, self.mlp_out_norm = Norm(self.config), Norm(self.config)
         self.attn = Attention(self.config, self.layer, *place)
         if self.layer.moe is None:
-            self.mlp = Mlp(self.config, self.layer, self.method, *place)
+            after = None if self.config.norm_place == "pre" else self.mlp_out_norm
+            self.mlp = Mlp(self.config, self.layer, self.method, *place, after)
         else:
             if self.layer.mlp_dim:
                 # To its method what every token uses is an FFN as of any layer without experts.

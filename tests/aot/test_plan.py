@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from popjax.cli import app
+from popjax.families import model_config
+from popjax.methods import GateFirst
 from tests.popjax.published_models import SMOLLM2_135M
 
 pytestmark = pytest.mark.aot
@@ -50,6 +52,25 @@ def test_the_plan_of_a_model_that_fits_one_chip(plan: Any) -> None:
         assert forecast["decode"]["aliased"] >= forecast["decode_held"]["cache"] > 0
     assert dense["decode_held"]["packed"] == 0 < pruned["decode_held"]["packed"]
     assert pruned["tokens_per_second"] > dense["tokens_per_second"] > 0
+
+
+def test_the_plan_of_gates_first(plan: Any) -> None:
+    """It packs the rows of its gates, of all three matrices of all four layers."""
+    options = ("--method", "gate-first", "--ratio", "0.5", "--context", "1024", "--json")
+    _, pruned = answered(plan(SMALL, "--target", "v5e", *options))["forecasts"]
+    (budget,) = set(GateFirst(0.5).budgets(model_config(SMALL)))
+    assert pruned["decode_held"]["packed"] == 4 * 3 * budget.evaluated * 576 * 2
+
+
+def test_the_plan_of_a_scout(plan: Any) -> None:
+    """Nothing is packed; the copies of the inner two of four layers are held and read."""
+    options = ("--method", "scout", "--ratio", "0.3", "--context", "1024", "--json")
+    dense, pruned = answered(plan(SMALL, "--target", "v5e", *options))["forecasts"]
+    copies = 2 * 2 * 1536 * (576 // 2 + 2 * 576 // 64)  # four bits, and a bfloat16 scale a group
+    assert pruned["decode_held"]["packed"] == 0
+    assert pruned["decode_held"]["weights"] == dense["decode_held"]["weights"] + copies
+    # The compiler widens copies, to sixteen bits, of no more than one layer at a time.
+    assert pruned["decode"]["temporaries"] < 1.25 * 2 * 2 * 1536 * 576
 
 
 def test_what_people_see(plan: Any) -> None:

@@ -55,10 +55,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Read it, do not change it: copy it where a test needs it otherwise.
     """
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def deep_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_checkpoint`, of five layers and rows of 64, which a scout's groups divide."""
+    sizes = {"num_hidden_layers": 5, "hidden_size": 64}
+    return write_checkpoint(tmp_path_factory.mktemp("deep") / "llama", **sizes)
+
+
+def write_checkpoint(folder: Path, **changes: Any) -> Path:
+    """A Hugging Face folder of a llama with random weights: `hf_json` with changes."""
     tokenizer = tokenizer_from_gguf(byte_level("smollm"))
-    raw = hf_json(len(tokenizer))
+    raw = hf_json(len(tokenizer)) | changes
     params = random_params(FAMILIES["llama"].config(raw))
-    folder = tmp_path_factory.mktemp("tiny") / "llama"
     generation = {"eos_token_id": [1], "bos_token_id": 0, "max_new_tokens": 12}
     files = {
         **tokenizer_files(tokenizer),

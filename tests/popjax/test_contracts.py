@@ -21,12 +21,13 @@ from kernels_pallas import native
 from popjax.buckets import bucket, left_padded
 from popjax.config import ModelConfig
 from popjax.generate import PROGRAMS, Options
-from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
+from popjax.methods import Frozen, GateFirst, Griffin, Method, OnlinePruning, RescoreAll, Scout
 from popjax.nn.transformer import Inputs
 from popjax.packing import pack
 from popjax.run import Request, RunResult, run
 from popjax.sampling import SamplingConfig
-from popjax.sparsity import ChannelBudget, channel_budget
+from popjax.scouts import make_scouts, with_scouts
+from tests.popjax.asked_counts import asked_of
 from tests.popjax.same_runs import assert_same, logits_of
 from tests.popjax.tiny_models import (
     CONFIGS,
@@ -47,9 +48,13 @@ METHODS: dict[str, Method] = {
     "frozen": Frozen(0.5),
     "rescore": RescoreAll(0.5),
     "griffin": Griffin(0.5),
+    "gate-first": GateFirst(0.5),
+    # Two layers are both ends, which by default stay whole.
+    "scout": Scout(0.5, ends="pruned", group=32),
 }
 # The default on one CPU is the kernels, so plain names run on them; these name the other form.
-XLA = tuple(f"{name}/xla" for name in ("dense", "online", "frozen", "rescore", "griffin"))
+KERNEL_PAIRS = ("dense", "online", "frozen", "rescore", "griffin", "gate-first")
+XLA = tuple(f"{name}/xla" for name in KERNEL_PAIRS)
 METHODS |= {name: METHODS[name.removesuffix("/xla")] for name in XLA}
 NEW = 12
 NEVER = (VOCAB,)  # an end token that is not in the vocabulary
@@ -66,9 +71,16 @@ PAIRS = [
 PAIRS.remove(("qwen2_moe", "online-probe"))
 # Only this family has an FFN beside its experts.
 PAIRS = [pair for pair in PAIRS if pair[0] == "qwen2_moe" or pair[1] != "online-shared"]
+# A choice by the gate needs one, and is not made among experts.
+WITHOUT_GATES = ("opt", "gpt_neox", "qwen2_moe")
+PAIRS = [
+    (family, name)
+    for family, name in PAIRS
+    if family not in WITHOUT_GATES or not name.startswith(("gate-first", "scout"))
+]
 PRUNED = [pair for pair in PAIRS if not pair[1].startswith("dense")]
 REPLAYED = [pair for pair in PRUNED if pair[0] == "llama" or pair[1] in ONLINE]
-MASKED = [pair for pair in PAIRS if pair[1] in (*ONLINE, "rescore")]
+MASKED = [pair for pair in PAIRS if pair[1] in (*ONLINE, "rescore", "gate-first", "scout")]
 SCORED = [pair for pair in PAIRS if pair[0] == "llama" or pair[1] in ONLINE]
 # One method a newer family.
 FEWER = [pair for pair in PAIRS if pair[0] not in NEWER or pair[1] in ("dense", "online")]
@@ -98,7 +110,14 @@ def config_of(family: str) -> ModelConfig:
     return config if family == "llama" else dataclasses.replace(config, layers=config.layers[:1])
 
 
-params_of = functools.cache(lambda family: random_params(config_of(family)))
+@functools.cache
+def params_of(family: str, name: str = "dense") -> dict[str, Any]:
+    """Parameters of a family, with scouts where the method needs them."""
+    config = config_of(family)
+    if name != "scout":
+        return random_params(config)
+    plain = params_of(family)
+    return with_scouts(plain, make_scouts(plain, config, group=32, ends=True))
 
 
 def request(name: str, **changes: Any) -> Request:
@@ -110,7 +129,8 @@ def request(name: str, **changes: Any) -> Request:
 
 
 def ran(family: str, asked: Request) -> RunResult:
-    return run(params_of(family), config_of(family), asked)
+    name = "scout" if isinstance(asked.method, Scout) else "dense"
+    return run(params_of(family, name), config_of(family), asked)
 
 
 @functools.cache
@@ -163,20 +183,14 @@ def test_counts_are_those_asked_for(family: str, name: str) -> None:
         found = (part.num_retained, part.num_candidate, part.k_selected)
         assert found == (asked.retained, asked.candidate, asked.k_selected)
         assert mask.shape == (NEW - 1, len(PROMPTS), part.evaluated)
-        evaluated, active = (layer.routed * n for n in (asked.evaluated, layer.channels // 2))
+        ours = isinstance(METHODS[name], GateFirst | Scout)
+        half = asked.active if ours else layer.channels // 2
+        evaluated, active = (layer.routed * n for n in (asked.evaluated, half))
         if name == "online-shared":
             evaluated += asked_of(METHODS[name], layer.mlp_dim).evaluated
             active += layer.mlp_dim // 2
         assert part.evaluated == evaluated
         assert (mask.sum(axis=-1) == active).all()
-
-
-def asked_of(method: Method, mlp_dim: int) -> ChannelBudget:
-    if isinstance(method, OnlinePruning):
-        return channel_budget(mlp_dim, 0.5, 0.15)
-    if isinstance(method, RescoreAll):
-        return ChannelBudget(0, mlp_dim, mlp_dim // 2)
-    return channel_budget(mlp_dim, 0.5)
 
 
 @over(MASKED)
@@ -220,7 +234,7 @@ def test_recorded_partition_and_masks_replay_the_run(family: str, name: str) -> 
     assert_same_run(family, result, wanted)
 
 
-@pytest.mark.parametrize("name", ["online", "rescore"])
+@pytest.mark.parametrize("name", ["online", "rescore", "gate-first", "scout"])
 def test_foreign_masks_are_obeyed(name: str) -> None:
     wanted = reference("llama", name)
     masks = tuple(jnp.asarray(mask[::-1]) for mask in masks_of(wanted))
@@ -257,7 +271,9 @@ def test_a_second_prompt_of_a_bucket_compiles_nothing(family: str, name: str) ->
     assert result.tokens[:, :9].tolist() != first.tokens[:, :9].tolist()
 
 
-@pytest.mark.parametrize(("family", "name"), [("llama", "rescore"), ("qwen3", "online")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "rescore"), ("qwen3", "online"), ("llama", "gate-first")]
+)
 def test_gathering_chosen_rows_agrees_with_masking(family: str, name: str) -> None:
     options = dataclasses.replace(EVERYTHING, implementation="xla_gathered")
     assert_same_run(family, ran(family, request(name, options=options)), reference(family, name))
@@ -265,7 +281,7 @@ def test_gathering_chosen_rows_agrees_with_masking(family: str, name: str) -> No
 
 @over(SCORED)
 def test_teacher_forced_scores_are_those_of_single_steps(family: str, name: str) -> None:
-    wanted, config, params = reference(family, name), config_of(family), params_of(family)
+    wanted, config, params = reference(family, name), config_of(family), params_of(family, name)
     static = {"config": config, "method": METHODS[name]}
     inputs = left_padded(PROMPTS)
     capacity = inputs.tokens.shape[1] + bucket(NEW)

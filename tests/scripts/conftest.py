@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.popjax.conftest import tiny_checkpoint
+from tests.popjax.conftest import deep_checkpoint, tiny_checkpoint
 
-__all__ = ["tiny_checkpoint"]
+__all__ = ["deep_checkpoint", "tiny_checkpoint"]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from popjax.config import ModelConfig
-from popjax.methods import Frozen, Griffin, Method, OnlinePruning, RescoreAll
+from popjax.methods import Frozen, GateFirst, Griffin, Method, OnlinePruning, RescoreAll
 from popjax.sharding import placed_params
 from tests.popjax.tiny_models import random_params, tiny
 
@@ -29,6 +29,7 @@ PRUNING: dict[str, Method] = {
     "frozen": Frozen(0.5),
     "griffin": Griffin(0.5),
     "rescore-all": RescoreAll(0.5),
+    "gate-first": GateFirst(0.5),
 }
 VOCAB = 96
 

@@ -1,0 +1,66 @@
+"""`--scout`, the file that `--method scout` needs, and `calibrate scout`, which writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from popjax.cli.terminal import Status, say, write
+
+if TYPE_CHECKING:
+    from popjax.methods import Method
+    from popjax.model import LanguageModel
+
+ScoutFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--scout",
+        help="The file of popjax calibrate scout, for --method scout.",
+        rich_help_panel="Method",
+    ),
+]
+
+
+def check_scout(methods: list[Method], path: Path | None) -> None:
+    """Wrong usage unless a scout is given where a method needs one, and only there."""
+    from popjax.methods import Scout
+
+    needed = any(isinstance(method, Scout) for method in methods)
+    if needed and path is None:
+        raise typer.BadParameter(
+            "scout needs --scout FILE: write one with popjax calibrate scout --out FILE",
+            param_hint="--method",
+        )
+    if path is not None and not needed:
+        raise typer.BadParameter("it is of --method scout: name that", param_hint="--scout")
+    if path is not None and not path.is_file():
+        raise typer.BadParameter(f"there is no file {path}", param_hint="--scout")
+
+
+def with_scout(model: LanguageModel, path: Path | None) -> LanguageModel:
+    """The model with the scout of a file beside its weights; itself without a file."""
+    if path is None:
+        return model
+    from popjax.scouts import load_scouts, with_scouts
+
+    scouts = load_scouts(path, model.params, model.config)
+    return dataclasses.replace(model, params=with_scouts(model.params, scouts))
+
+
+def calibrate_scout(model: LanguageModel, out: Path) -> None:
+    """Write the scout of a model, and say what it holds."""
+    from popjax.inspection import format_bytes
+    from popjax.scouts import make_scouts, save_scouts, scout_bytes, with_scouts
+
+    with Status() as status:
+        status.say("Rounding gate and up")
+        scouts = make_scouts(model.params, model.config)
+    path = save_scouts(out, scouts, model.params, model.config)
+    held = scout_bytes(with_scouts(model.params, scouts))
+    layers = [model.params[f"layer_{i}"]["mlp"] for i in range(model.config.num_layers)]
+    ffn = sum(w.nbytes for mlp in layers for w in mlp.values())
+    say(f"{format_bytes(held)}, {held / ffn:.1%} of the FFN weights beside which they are held")
+    write(f"{path}\n")

@@ -1,0 +1,182 @@
+"""Methods beyond online pruning at its own bytes: log-perplexity of a text, paired by window.
+
+    python -m scripts.beyond --text article.txt --json beyond.json
+
+Each window's prefix is prefilled, and the tokens after it are scored as decode steps under each
+method (`popjax.continuation`). Prints a markdown table: what a step reads of the FFN's bytes, what
+each method loses to dense, and how much of online pruning's loss it saves. The text is the
+caller's: none is shipped. Scouts are made of the weights alone, so nothing here is calibrated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from popjax.buckets import bucket
+from popjax.config import ModelConfig
+from popjax.continuation import continuation_logprobs, token_logprobs
+from popjax.evaluation.statistics import standard_error
+from popjax.generate import PROGRAMS
+from popjax.methods import GateFirst, Method, OnlinePruning, Scout
+from popjax.methods.row_budgets import rows_of_online_pruning
+from popjax.nn.transformer import Inputs, Outputs
+from popjax.packing import pack
+from popjax.prefilling import Prefill, prefilled
+from popjax.run import plan_channels
+from popjax.scouts import make_scouts, with_scouts
+from scripts.quality import loaded_windows, window_parser, write_json
+
+FAITHFUL = "online-pruning"
+
+
+def cases(ratio: float) -> dict[str, Method]:
+    """The methods compared at one ratio, the one whose bytes they all match first."""
+    return {
+        FAITHFUL: OnlinePruning(ratio=ratio),
+        "gate-first": GateFirst(ratio),
+        "scout": Scout(ratio),
+    }
+
+
+def share_read(method: Method, config: ModelConfig) -> float:
+    """Bytes of the FFN that a step reads over those of a dense one, in weights of sixteen bits."""
+    widths = [layer.mlp_dim for layer in config.layers]
+    if isinstance(method, GateFirst):
+        rows = sum(one.evaluated + 2 * one.k_selected for one in method.budgets(config))
+    elif isinstance(method, Scout):
+        copies = 2 * (method.bits + 16 / method.group) / 16
+        pairs = zip(method.budgets(config), widths, strict=True)
+        rows = sum(b.on + 2 * b.exact + (copies * F if b.exact < F else 0) for b, F in pairs)
+    elif isinstance(method, OnlinePruning) and method.ratio is not None:
+        rows = sum(rows_of_online_pruning(F, method.ratio) for F in widths)
+    else:
+        rows = 3 * sum(widths)
+    return rows / (3 * sum(widths))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method at one ratio: nats a token of each window, of dense and of online pruning too."""
+
+    name: str
+    ratio: float
+    read: float
+    windows: tuple[float, ...]
+    dense: tuple[float, ...]
+    faithful: tuple[float, ...]
+
+    def minus(self, others: Sequence[float]) -> tuple[float, float]:
+        """Mean difference to others, paired by window, and its standard error."""
+        found = [a - b for a, b in zip(self.windows, others, strict=True)]
+        return float(np.mean(found)), standard_error(found)
+
+    @property
+    def closed(self) -> float:
+        """The share of the gap between online pruning and dense that is closed."""
+        gap = float(np.mean(self.faithful)) - float(np.mean(self.dense))
+        return 1 - self.minus(self.dense)[0] / gap
+
+    def to_json(self) -> dict[str, Any]:
+        compared = {"dense": self.minus(self.dense), "faithful": self.minus(self.faithful)}
+        return {**dataclasses.asdict(self), "minus": compared, "closed": self.closed}
+
+    def line(self) -> str:
+        above, other = self.minus(self.dense), self.minus(self.faithful)
+        cells = [self.name, f"{self.ratio:g}", f"{self.read:.3f}"]
+        cells += [f"{mean:+.3f} ± {error:.3f}" for mean, error in (above, other)]
+        return f"| {' | '.join(cells)} | {self.closed:.0%} |"
+
+
+class Scorer:
+    """Nats a token of windows under methods; those that run a prompt dense share its prefill."""
+
+    def __init__(self, model: Any, prefix: int) -> None:
+        self.config, self.params, self.prefix = model.config, model.params, prefix
+        made = make_scouts(model.params, model.config)
+        self.scouted = with_scouts(model.params, made)
+
+    def nats(self, window: Sequence[int], methods: Sequence[Method]) -> list[float]:
+        """One number a method, of the tokens of the window after its prefix."""
+        prompt, rest = window[: self.prefix], window[self.prefix :]
+        room = bucket(len(rest) - 1)
+        # What a gate's choice needs to know of a prompt; other methods need nothing.
+        observed = GateFirst(0.0)
+        asked = Prefill([prompt], self.config, observed, room=room)
+        outputs = prefilled(self.params, asked, asked.inputs(), None)
+        found = []
+        for method in methods:
+            if method.whole_prompt:
+                logprobs = continuation_logprobs(self.params, self.config, method, prompt, rest)
+            else:
+                logprobs = self._after(outputs, method, rest)
+            found.append(-float(np.mean(logprobs, dtype=np.float64)))
+        return found
+
+    def _after(self, outputs: Outputs, method: Method, rest: Sequence[int]) -> np.ndarray:
+        """Log-probabilities [n] of the tokens `rest` [n] after a dense prefill."""
+        params, config = self.params, self.config
+        if isinstance(method, Scout):
+            params = self.scouted
+        parts = plan_channels(outputs.statistics, config, method)
+        if parts is not None:
+            params, config, parts = pack(params, config, parts)
+        tokens = jnp.asarray(rest, jnp.int32)
+        positions = self.prefix + jnp.arange(len(rest) - 1, dtype=jnp.int32)
+        given = Inputs(tokens[None, :-1], positions[None, :])
+        static: dict[str, Any] = {"config": config, "method": method, "mesh": None}
+        later = PROGRAMS.score(params, given, outputs.cache, parts, **static)
+        logits = jnp.concatenate([outputs.logits[:, None, :], later], axis=1)
+        return np.asarray(token_logprobs(logits[0], tokens))
+
+
+def measure(
+    model: Any, windows: Sequence[Sequence[int]], prefix: int, ratios: Sequence[float]
+) -> list[Row]:
+    """Every method at every ratio; all see a window before the next begins."""
+    wanted = {(name, r): method for r in ratios for name, method in cases(r).items()}
+    scorer, values, started = Scorer(model, prefix), [], time.perf_counter()
+    for i, window in enumerate(windows):
+        values.append(scorer.nats(window, [Method(), *wanted.values()]))
+        above = np.mean(values, axis=0)[1:] - np.mean(values, axis=0)[0]
+        spent, means = time.perf_counter() - started, " ".join(f"{mean:+.3f}" for mean in above)
+        print(f"window {i + 1}/{len(windows)}, {spent:.0f} s: {means}", file=sys.stderr, flush=True)
+    dense, *columns = (tuple(column) for column in zip(*values, strict=True))
+    found = dict(zip(wanted, columns, strict=True))
+    return [
+        Row(name, r, share_read(method, model.config), column, dense, found[FAITHFUL, r])
+        for ((name, r), method), column in zip(wanted.items(), columns, strict=True)
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The markdown table; ± is one standard error over windows, paired."""
+    head = "| method | ratio | FFN bytes | above dense | minus online-pruning | closed |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *(row.line() for row in rows)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print; see `--help`."""
+    parser = window_parser(__doc__, 24, "are prefilled")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    asked = parser.parse_args(argv)
+    model, windows, count = loaded_windows(asked)
+    rows = measure(model, windows, asked.prefix, asked.ratios)
+    protocol = (
+        f"{model.name}, {asked.windows} windows spread over {count} tokens: prefix of "
+        f"{asked.prefix}, next {asked.scored} scored as decode steps; ± one standard error"
+    )
+    print(f"{protocol}\n\n{table(rows)}")
+    if asked.json is not None:
+        values = {"protocol": protocol, "results": [row.to_json() for row in rows]}
+        write_json(asked.json, values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The counts that each method's contract asks of F channels at ratio 0.5, from its definition."""
+
+from popjax.methods import GateFirst, Method, OnlinePruning, RescoreAll, Scout
+from popjax.sparsity import ChannelBudget, channel_budget
+
+
+def asked_of(method: Method, mlp_dim: int) -> ChannelBudget:
+    if isinstance(method, OnlinePruning):
+        return channel_budget(mlp_dim, 0.5, 0.15)
+    if isinstance(method, RescoreAll):
+        return ChannelBudget(0, mlp_dim, mlp_dim // 2)
+    if isinstance(method, GateFirst | Scout):
+        # The rows that online pruning reads with its default band.
+        online = channel_budget(mlp_dim, 0.5, 0.05)
+        rows = 2 * online.evaluated + online.active
+        if isinstance(method, GateFirst):
+            chosen = (rows - rows * 17 // 32) // 2
+            return ChannelBudget(0, rows - 2 * chosen, chosen)
+        # Of which two copies of four bits, and a scale of sixteen for 32 of them, take a part.
+        return ChannelBudget(0, mlp_dim, int((rows - 2 * mlp_dim * 4.5 / 16) * 3 / 5))
+    return channel_budget(mlp_dim, 0.5)

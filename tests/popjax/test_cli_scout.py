@@ -1,0 +1,69 @@
+"""Scouts as users meet them: written once, named where they are needed, counted in the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from popjax.cli import app
+
+PROMPT = "The quick brown fox jumps over the lazy dog, again and again."
+SHORT = ("--max-new-tokens", "4", "--json")
+
+
+@pytest.fixture
+def command(deep_checkpoint: Path) -> Any:
+    def run(name: str, *arguments: str) -> Any:
+        return CliRunner().invoke(app, [name, "--model", str(deep_checkpoint), *arguments])
+
+    return run
+
+
+def test_a_scout_is_written_and_used(command: Any, tmp_path: Path) -> None:
+    out = tmp_path / "scout.safetensors"
+    written = command("calibrate", "scout", "-o", str(out))
+    assert written.exit_code == 0, written.stderr
+    assert written.stdout.strip() == str(out)
+    # Of 32 bits a weight: two copies of 4.5 bits, in three of five layers, beside three matrices.
+    assert f"{2 * 4.5 / 32 * 3 / 15:.1%} of the FFN weights" in " ".join(written.stderr.split())
+    again = command("calibrate", "scout", "-o", str(out))
+    assert again.exit_code == 2 and "exists" in again.stderr
+    asked = ("--method", "scout", "--ratio", "0.3", "--scout", str(out))
+    used = command("generate", PROMPT, *asked, *SHORT)
+    assert used.exit_code == 0, used.stderr
+    report = json.loads(used.stdout)["report"]
+    dense = json.loads(command("generate", PROMPT, *SHORT).stdout)["report"]
+    assert report["method"] == "scout" and report["packed_bytes"] == 0
+    copies = 3 * 2 * 48 * (64 // 2 + 4)
+    assert report["weight_bytes"] == dense["weight_bytes"] + copies
+    assert report["dense_bytes_per_token"] == dense["dense_bytes_per_token"]
+    assert report["read_bytes_per_token"] < dense["read_bytes_per_token"]
+    few = ("--prompt-tokens", "12", "--max-new-tokens", "2", "--rounds", "1", "--json")
+    timed = command("bench", *asked, *few)
+    assert timed.exit_code == 0, timed.stderr
+    assert [row["name"] for row in json.loads(timed.stdout)["methods"]] == ["dense", "scout"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--method", "scout", "--ratio", "0.3"), "scout needs --scout FILE"),
+        (("--scout", "none.safetensors"), "it is of --method scout"),
+        (("--method", "scout", "--ratio", "0.3", "--scout", "none"), "there is no file none"),
+    ],
+)
+def test_scouts_and_methods_go_together(
+    command: Any, arguments: tuple[str, ...], complaint: str
+) -> None:
+    refused = command("generate", PROMPT, *arguments)
+    assert refused.exit_code == 2
+    assert complaint in " ".join(refused.stderr.replace("\u2502", " ").split())
+
+
+def test_prompts_of_a_calibration_need_a_text(command: Any, tmp_path: Path) -> None:
+    refused = command("calibrate", "prefill-pruning", "-o", str(tmp_path / "scores"))
+    assert refused.exit_code == 2 and "give --text" in refused.stderr

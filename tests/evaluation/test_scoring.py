@@ -32,7 +32,7 @@ ONLINE = Case("online", OnlinePruning(ratio=0.5, gamma=0.3))
 PAIRS = [
     Pair(tuple(PROMPTS[0]), (4, 9, 33)),
     Pair(tuple(PROMPTS[1][:13]), (60, 2)),
-    Pair(tuple(PROMPTS[0]), (8,)),
+    Pair(tuple(PROMPTS[0]), (8, 1)),
     Pair(tuple(PROMPTS[2]), (1, 2, 3, 4, 5)),
     Pair(tuple(PROMPTS[0]), (7, 7, 7, 7)),
 ]
@@ -82,8 +82,10 @@ def direct(pair: Pair) -> Score:
 def test_dense_scores_are_those_of_all_logits(protocol: str) -> None:
     assert_same(every(DENSE, protocol), [direct(pair) for pair in PAIRS])
     likely = np.asarray(all_logits(left_padded([PROMPTS[0]], 16)))[0, -1].argmax()
-    greedy = Pair(tuple(PROMPTS[0]), (int(likely),))
-    assert scored(DENSE, protocol, [greedy])[0].greedy and direct(greedy).greedy
+    short = [Pair(tuple(PROMPTS[0]), (token,)) for token in (int(likely), 5)]
+    found = scored(DENSE, protocol, short)
+    assert_same(found, [direct(pair) for pair in short])
+    assert [score.greedy for score in found] == [True, False]
 
 
 @pytest.mark.parametrize("case", [DENSE, ONLINE], ids=lambda case: case.name)

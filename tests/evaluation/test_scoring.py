@@ -95,19 +95,16 @@ def test_a_row_is_the_same_alone_and_in_company(case: Case, protocol: str) -> No
     assert_same(every(case, protocol), alone)
 
 
+EVICTING = Case("evicting", eviction=LaProx(keep=0.5, window=4))
+SHALLOW = Case("shallow", OnlinePruning(ratio=0.5), depth=PrefillPruning(skip=0.5))
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        ONLINE,
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in (
-                Case("evicting", eviction=LaProx(keep=0.5, window=4)),
-                Case("shallow", OnlinePruning(ratio=0.5), depth=PrefillPruning(skip=0.5)),
-            )
-        ),
+        pytest.param(case, id=case.name, marks=[] if case is ONLINE else pytest.mark.slow)
+        for case in (ONLINE, EVICTING, SHALLOW)
     ],
-    ids=str,
 )
 def test_choices_that_share_a_context_are_each_scored_after_it(case: Case) -> None:
     pairs = [PAIRS[0], PAIRS[2], PAIRS[4]]

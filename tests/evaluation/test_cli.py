@@ -21,6 +21,7 @@ from popjax.methods import Method, OnlinePruning
 from tests.evaluation.conftest import ITEMS
 
 ONLINE = ("--ratio", "0.5")
+SMALL = (*ONLINE, "--batch-size", "4")
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. " * 8
 SHORT = ("--windows", "3", "--prefix", "16", "--scored", "8")
 
@@ -47,7 +48,7 @@ def rows(result: Any) -> dict[tuple[str, str], Any]:
 def test_a_task_file_is_scored_against_dense(
     command: Any, task_file: Callable[..., Path], long_model: LanguageModel
 ) -> None:
-    asked = ("eval", "--tasks", str(task_file()), *ONLINE)
+    asked = ("eval", "--tasks", str(task_file()), *SMALL)
     result = command(*asked, "--limit", "2", "--json")
     found = rows(result)
     assert json.loads(result.stdout)["protocol"] == "split"
@@ -80,7 +81,7 @@ def test_an_interrupted_run_goes_on_and_others_are_refused(
     command: Any, task_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, file = tmp_path / "out.jsonl", str(task_file())
-    whole = rows(command("eval", "--tasks", file, *ONLINE, "--json"))
+    whole = rows(command("eval", "--tasks", file, *SMALL, "--json"))
     score, calls = scoring.Scorer._split, 0
 
     def interrupted(self: Any, batch: Any) -> Any:
@@ -91,17 +92,17 @@ def test_an_interrupted_run_goes_on_and_others_are_refused(
         return score(self, batch)
 
     monkeypatch.setattr(scoring.Scorer, "_split", interrupted)
-    broken = command("eval", "--tasks", file, *ONLINE, "--out", str(out))
+    broken = command("eval", "--tasks", file, *SMALL, "--out", str(out))
     assert broken.exit_code == 130
     kept = out.read_text().count("\n")
     assert 1 < kept < 9
     calls = 100
-    again = rows(command("eval", "--tasks", file, *ONLINE, "--out", str(out), "--json"))
+    again = rows(command("eval", "--tasks", file, *SMALL, "--out", str(out), "--json"))
     assert out.read_text().count("\n") == 9 and calls - 100 < 8
     for key, row in whole.items():
         assert again[key]["value"]["mean"] == pytest.approx(row["value"]["mean"], abs=1e-4)
     calls = 1000
-    assert command("eval", "--tasks", file, *ONLINE, "--out", str(out)).exit_code == 0
+    assert command("eval", "--tasks", file, *SMALL, "--out", str(out)).exit_code == 0
     assert calls == 1000, "everything was there"
     other = command("eval", "--tasks", file, "--ratio", "0.3", "--out", str(out))
     assert other.exit_code == 1 and "use the same settings, or give --out" in said(other)
@@ -215,10 +216,10 @@ def test_what_was_scored_before_a_nan_is_kept(
         nonlocal calls
         calls += 1
         logprobs, best = score(self, batch)
-        return (logprobs * math.nan if calls == 3 else logprobs), best
+        return (logprobs * math.nan if calls == 5 else logprobs), best
 
     monkeypatch.setattr(scoring.Scorer, "_split", failing)
-    result = command("eval", "--tasks", str(task_file()), *ONLINE, "--out", str(out))
+    result = command("eval", "--tasks", str(task_file()), *SMALL, "--out", str(out))
     assert (
         result.exit_code == 1
         and "a log-likelihood under online-pruning ratio 0.5 is nan" in said(result)

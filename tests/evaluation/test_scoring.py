@@ -32,7 +32,7 @@ ONLINE = Case("online", OnlinePruning(ratio=0.5, gamma=0.3))
 PAIRS = [
     Pair(tuple(PROMPTS[0]), (4, 9, 33)),
     Pair(tuple(PROMPTS[1][:13]), (60, 2)),
-    Pair(tuple(PROMPTS[0]), (8,)),
+    Pair(tuple(PROMPTS[0]), (8, 1)),
     Pair(tuple(PROMPTS[2]), (1, 2, 3, 4, 5)),
     Pair(tuple(PROMPTS[0]), (7, 7, 7, 7)),
 ]
@@ -82,8 +82,10 @@ def direct(pair: Pair) -> Score:
 def test_dense_scores_are_those_of_all_logits(protocol: str) -> None:
     assert_same(every(DENSE, protocol), [direct(pair) for pair in PAIRS])
     likely = np.asarray(all_logits(left_padded([PROMPTS[0]], 16)))[0, -1].argmax()
-    greedy = Pair(tuple(PROMPTS[0]), (int(likely),))
-    assert scored(DENSE, protocol, [greedy])[0].greedy and direct(greedy).greedy
+    short = [Pair(tuple(PROMPTS[0]), (token,)) for token in (int(likely), 5)]
+    found = scored(DENSE, protocol, short)
+    assert_same(found, [direct(pair) for pair in short])
+    assert [score.greedy for score in found] == [True, False]
 
 
 @pytest.mark.parametrize("case", [DENSE, ONLINE], ids=lambda case: case.name)
@@ -93,19 +95,16 @@ def test_a_row_is_the_same_alone_and_in_company(case: Case, protocol: str) -> No
     assert_same(every(case, protocol), alone)
 
 
+EVICTING = Case("evicting", eviction=LaProx(keep=0.5, window=4))
+SHALLOW = Case("shallow", OnlinePruning(ratio=0.5), depth=PrefillPruning(skip=0.5))
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        ONLINE,
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in (
-                Case("evicting", eviction=LaProx(keep=0.5, window=4)),
-                Case("shallow", OnlinePruning(ratio=0.5), depth=PrefillPruning(skip=0.5)),
-            )
-        ),
+        pytest.param(case, id=case.name, marks=[] if case is ONLINE else pytest.mark.slow)
+        for case in (ONLINE, EVICTING, SHALLOW)
     ],
-    ids=str,
 )
 def test_choices_that_share_a_context_are_each_scored_after_it(case: Case) -> None:
     pairs = [PAIRS[0], PAIRS[2], PAIRS[4]]

@@ -66,12 +66,8 @@ def bench(
     """
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     named = method or ([] if shallow and ratio is None and model_ratio is None else [None])
-    pruning = {
-        name or "online-pruning": options.pruning_method(
-            name, ratio, model_ratio, gamma, prefill, statistics
-        )
-        for name in named
-    }
+    given = (ratio, model_ratio, gamma, prefill, statistics)
+    pruning = {name or "online-pruning": options.pruning_method(name, *given) for name in named}
     chosen, depths = _cases(pruning, shallow)
     text = None
     if prompt is not None or prompt_file is not None:

@@ -256,9 +256,8 @@ def make_report(
     held = weight_bytes(params)
     params, config = without_others(params, config, result.layers)
     itemsize = params["embed"]["table"].dtype.itemsize
-    by_index = result.implementation in NATIVE
-    kinds = (reads_only_chosen(result), by_index, result.masks, params)
-    layers = layer_reports(config, result.partition, itemsize, *kinds)
+    how = (reads_only_chosen(result), result.implementation in NATIVE, result.masks, params)
+    layers = layer_reports(config, result.partition, itemsize, *how)
     dense = bytes_per_token(config, params)
     saved = sum(layer.dense_bytes - layer.read_bytes for layer in layers)
     decode_steps = result.steps - 1

@@ -88,12 +88,7 @@ class Attention(nn.Module):
         `kept` adds what an eviction left of the layer. The third result is what it saw. Without
         positions nothing attends: tokens leave keys and values, and the other results are None.
         """
-        if self._threshold("q") is None:
-            *q, k, v = self._heads(x, "kv" if positions is None else "qkv")
-        else:
-            # Keys and values stay in the cache, and are of the whole input.
-            k, v = self._heads(x, "kv")
-            q = [] if positions is None else self._heads(ops.above(x, self._threshold("q")), "q")
+        *q, k, v = self._projected(x, "kv" if positions is None else "qkv")
         if self.config.qk_norm:
             k = self._normed(k, "k")
         if table is not None:
@@ -117,6 +112,14 @@ class Attention(nn.Module):
         if self.config.o_bias:
             y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
         return y, cache, AttentionActs(x, q, cache.k, cache.v, *positions, slot)
+
+    def _projected(self, x: jax.Array, names: str) -> list[jax.Array]:
+        """Heads [B, T, heads, H] of some of q, k and v, in this order."""
+        threshold = self._threshold("q")
+        if threshold is None or names == "kv":
+            return self._heads(x, names)
+        # Keys and values stay in the cache, and are of the whole input.
+        return self._heads(ops.above(x, threshold), "q") + self._heads(x, "kv")
 
     def _threshold(self, name: str) -> jax.Array | None:
         """What inputs of q or o must exceed in a calibrated run; None in any other."""

@@ -13,18 +13,13 @@ from kernels_pallas.masked_mlp.selection import scores as step_scores
 from popjax.families import model_config
 from popjax.generate import PROGRAMS, Options
 from popjax.methods import (
-    CHESS,
-    FLAP,
     METHODS,
-    TEAL,
     Frozen,
     Griffin,
     LayerActs,
     Method,
     OnlinePruning,
-    ProbePruning,
     RescoreAll,
-    WandaSP,
     method_name,
     method_named,
 )
@@ -263,10 +258,6 @@ def test_model_ratio_becomes_the_ffn_ratio_of_the_model() -> None:
 CALIBRATED = ("wanda-sp", "flap", "probe-pruning", "teal", "chess")
 
 
-def calibrated(name: str) -> Method:
-    return method_named(name, ratio=0.5, statistics="a file")
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_named_hashable_and_final(name: str) -> None:
     options: dict[str, Any] = {} if name == "dense" else {"ratio": 0.5}
@@ -347,17 +338,6 @@ def test_a_method_announces_what_its_plan_evaluates(method: Method) -> None:
         (lambda: method_named("griffin", ratio=0.5, gamma=0.1), "'griffin' has no option 'gamma'"),
         (lambda: method_named("dense", ratio=0.5), "'dense' has no option 'ratio': .* none"),
         (lambda: method_named("frozen"), "method 'frozen' needs a ratio"),
-        (lambda: method_named("flap", ratio=0.5), "method 'flap' needs statistics: give the file"),
-        (lambda: WandaSP(0.5, 3), "statistics 3 is not a path"),  # type: ignore[arg-type]
-        (lambda: FLAP(-1, "file"), "ratio -1 is outside"),
-        (lambda: ProbePruning(0.5, "file", dense_layers=-1), "dense_layers -1 is not a whole"),
-        (lambda: TEAL(0.5, "file", prefill="half"), "prefill 'half' is unknown"),
-        (lambda: CHESS(0.5, "file", attention=1), "attention 1 is not a bool"),  # type: ignore[arg-type]
-        (lambda: CHESS(0.5, "file").for_model(CONFIGS["opt"]), "chess closes gates, and the FFN"),
-        *(
-            (lambda name=name: calibrated(name).for_model(CONFIGS["qwen2_moe"]), "has experts")
-            for name in CALIBRATED
-        ),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Any, complaint: str) -> None:

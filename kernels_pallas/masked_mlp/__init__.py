@@ -64,11 +64,10 @@ def masked_mlp(
     checks.check_scout(scout, gate, up, rows)
     if up_bias is not None and rows is not None:
         up_bias = up_bias[rows]
-    # A mask from outside needs no scout, unless some of its channels are as foretold.
-    scouted = selection is not None and (given is None or selection.exact is not None)
+    scouted = scout is not None and _chooses(selection, given)
     by_scout = (scout, selection, given, activation, implementation)
     if implementation in PALLAS:
-        if scouted and scout is not None:
+        if scouted:
             return _scouted(x, (gate, up, down), *by_scout)
         access = _access(implementation)
         return listed.masked_mlp(x, gate, up, down, access, up_bias=up_bias, **options)
@@ -83,24 +82,29 @@ def masked_mlp(
         return contract(held, down, _products(implementation)), mask
     if _native(x, gate, selection, implementation):
         return native.masked_mlp(x, gate, up, down, scout=scout, **options)
-    if scouted and scout is not None:
+    if scouted:
         return _scouted(x, (gate, up, down), *by_scout)
     return _by_xla(x, (gate, up, down), implementation == "xla_gathered", **options)
+
+
+def _chooses(selection: Selection | None, given: jax.Array | None) -> bool:
+    """Whether a scout is needed: for a mask from outside only if some channels are as foretold."""
+    return selection is not None and (given is None or selection.exact is not None)
 
 
 def _scouted(
     x: jax.Array,
     weights: checks.Weights,
-    scout: native.Scout,
-    selection: Selection,
+    scout: native.Scout | None,
+    selection: Selection | None,
     given: jax.Array | None,
     activation: str,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
     """`masked_mlp` whose choice a scout makes, where the CPU kernel does not do it all."""
-    told = foretell(x, scout, activation, selection, given)
     gate, up, down = weights
-    assert gate is not None, "check_scout refuses a layer without a gate"
+    assert gate is not None and scout is not None and selection is not None, "see check_scout"
+    told = foretell(x, scout, activation, selection, given)
     if implementation in PALLAS:
         # How many channels are on is known of a choice made here, not of a mask from outside.
         chosen = selection if given is None else None

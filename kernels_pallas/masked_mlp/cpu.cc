@@ -3,9 +3,8 @@
 //   h = act(x gate^T) * (x up^T)      y = (h * mask) down      mask: R always, of C the chosen
 //
 // What is chosen from decides what is read. From the product: gate and up of all rows, down of the
-// chosen. From the gate alone: gate of all rows, up and down of the chosen. Given from outside, or
-// from a scout, copies of gate and up in few bits: the chosen rows of all three. A row that no
-// vector of the batch uses is not read.
+// chosen. From the gate alone: gate of all, up and down of the chosen. Given, or from a scout,
+// copies of gate and up in few bits: the chosen of all three. What no vector uses is not read.
 
 #include <algorithm>
 #include <cmath>
@@ -164,8 +163,8 @@ void best(const Call& call, const float* h, uint8_t* mask, Team& team) {
       on.push_back(call.candidates[c]);
       scores.push_back(every[c]);
     }
-    std::vector<uint8_t> chosen(on.size());
     const auto size = static_cast<int64_t>(on.size());
+    std::vector<uint8_t> chosen(size);
     select_top(scores.data(), size, std::min(call.exact, size), chosen.data());
     for (size_t i = 0; i < on.size(); ++i) mask[row * call.channels + on[i]] = chosen[i];
   });

@@ -131,7 +131,8 @@ def scout_budget(mlp_dim: int, rows: int, copy: float, foretold: bool) -> ScoutB
     left = max(0.0, rows - 2 * mlp_dim * copy)
     alike = math.floor(left / 3)
     on = max(alike, math.floor(min(0.75 * mlp_dim, left * 3 / 5)))
-    return ScoutBudget(on, math.floor((left - on) / 2)) if foretold else ScoutBudget(alike, alike)
+    exact = min(on, math.floor((left - on) / 2))
+    return ScoutBudget(on, exact) if foretold else ScoutBudget(alike, alike)
 
 
 def _partition(layer: LayerConfig, budget: ScoutBudget, factors: Any) -> ChannelPartition:

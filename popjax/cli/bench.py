@@ -131,19 +131,20 @@ def _pruning(
     prefill: str | None,
     statistics: Path | None,
 ) -> dict[str, Method]:
-    """Every method at every ratio, by name: with the ratio where there are several.
-
-    Of several methods only those that are calibrated are given the statistics.
-    """
-    from popjax.methods import takes
-
+    """Every method at every ratio, by name: with the ratio where there are several."""
+    given = {
+        "model_ratio": model_ratio,
+        "gamma": gamma,
+        "prefill": prefill,
+        "statistics": statistics,
+    }
+    named = names or ["online-pruning"]
     found = {}
-    for name in names or ["online-pruning"]:
-        file = statistics if len(names or []) < 2 or takes(name, "statistics") else None
+    for name, own in zip(named, options.of_several(named, given), strict=True):
+        own = {key: own.get(key) for key in given}
         for ratio in ratios or [None]:
             label = name if len(ratios or []) < 2 else f"{name} {ratio:g}"
-            given = (name, ratio, model_ratio, gamma, prefill, file)
-            found[label] = options.pruning_method(*given)
+            found[label] = options.pruning_method(name, ratio, **own)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli import cache_options, depth_options, evaluation_options, options
+from popjax.cli import cache_options, depth_options, evaluation_options, options, scout_options
 from popjax.cli.terminal import Status, command
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def evaluate(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    statistics: options.Statistics = None,
+    scout: scout_options.ScoutFile = None,
     kv: cache_options.Kv = None,
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
@@ -72,7 +74,9 @@ def evaluate(
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
+    given["statistics"] = statistics
     cases = evaluation_options.chosen_cases(method, given, eviction, shallow, dense)
+    scout_options.check_scout([case.method for case in cases], scout)
     evaluation_options.check_protocol(protocol, cases)
     names = [name for each in tasks for name in each.split(",") if name]
     files = [Path(name) for name in names if name.endswith(".jsonl")]
@@ -83,6 +87,7 @@ def evaluate(
     read = load_tasks(files, limit)
     manager = _manager(named, include_path, offline) if named else None
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    loaded = scout_options.with_scout(loaded, scout)
     how = How(protocol, batch_size, max_length, limit, num_fewshot, chat)
     items = sum(len(task.items) for task in read) * len(cases) if manager is None else None
     with evaluation_options.Bar("Scoring", items) as bar:

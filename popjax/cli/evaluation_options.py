@@ -27,8 +27,7 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="What is compared with dense: online-pruning, frozen, rescore-all or griffin; may be "
-        "repeated.",
+        help="What is compared with dense, as popjax generate takes it; may be repeated.",
         rich_help_panel="Method",
     ),
 ]
@@ -120,7 +119,8 @@ def chosen_cases(
     if len(set(named)) < len(named):
         raise typer.BadParameter("a method is named twice", param_hint="--method")
     asked = any(value is not None for value in method_options.values())
-    methods = [options.chosen_method(name, **method_options) for name in named]
+    each = options.of_several(named, method_options)
+    methods = [options.chosen_method(name, **own) for name, own in zip(named, each, strict=True)]
     if not methods and asked:
         methods = [options.chosen_method(None, **method_options)]
     beside = [] if kv is None else [_named(kv_method_name(kv), kv, "keep", "tokens")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from popjax.cli import cache_options, depth_options, evaluation_options, options
+from popjax.cli import cache_options, depth_options, evaluation_options, options, scout_options
 from popjax.cli.terminal import command
 
 Text = Annotated[Path, typer.Option("--text", help="UTF-8 text to score.")]
@@ -33,6 +33,8 @@ def perplexity(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    statistics: options.Statistics = None,
+    scout: scout_options.ScoutFile = None,
     kv: cache_options.Kv = None,
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
@@ -56,12 +58,15 @@ def perplexity(
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
+    given["statistics"] = statistics
     cases = evaluation_options.chosen_cases(method, given, eviction, shallow, dense)
+    scout_options.check_scout([case.method for case in cases], scout)
     evaluation_options.check_protocol(protocol, cases)
     words = options.read_text(text, "--text")
     if not words.strip():
         raise ValueError(f"{text} is empty: give a text with something to score")
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    loaded = scout_options.with_scout(loaded, scout)
     from popjax.evaluation.perplexity import windows_of
     from popjax.evaluation.run import How, evaluate_text
 

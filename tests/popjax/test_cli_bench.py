@@ -38,8 +38,10 @@ def test_every_batch_is_timed_with_every_prompt_length(bench: Any, tmp_path: Pat
 
 def test_evictions_and_ratios_have_names_of_their_own(bench: Any) -> None:
     kv = ("--kv", "snapkv", "--kv-tokens", "6", "--kv-window", "2")
-    ratios = ("--method", "frozen", "--ratio", "0.25", "--ratio", "0.5")
-    result = bench(*kv, *ratios, "--prompt-tokens", "12", *FEW)
+    # An option goes to the methods that have it.
+    ratios = ("--method", "frozen", "--ratio", "0.25", "--ratio", "0.5", "--method")
+    ratios = (*ratios, "online-pruning", "--gamma", "0.3")
+    result = bench(*kv, *ratios, "--prefill", "dense", "--prompt-tokens", "12", *FEW)
     assert result.exit_code == 0, result.stderr
     (point,) = json.loads(result.stdout)["points"]
     assert sorted(row["name"] for row in point["methods"]) == sorted(
@@ -77,6 +79,10 @@ def test_quality_stands_beside_speed(bench: Any, tmp_path: Path) -> None:
         (["--text", "nowhere.txt"], "--text: there is no file nowhere.txt"),
         (["hello", "--prompt-tokens", "9"], "has a length of its own: drop one of the two"),
         (["--kv", "snapkv"], "no budget was given"),
+        (
+            ["--method", "frozen", "--method", "griffin", "--gamma", "0.2"],
+            "--gamma: none of frozen",
+        ),
         (["--batch", "0"], "--batch"),
     ],
 )

@@ -45,7 +45,15 @@ def test_a_scout_is_written_and_used(command: Any, tmp_path: Path) -> None:
     few = ("--prompt-tokens", "12", "--max-new-tokens", "2", "--rounds", "1", "--json")
     timed = command("bench", *asked, *few)
     assert timed.exit_code == 0, timed.stderr
-    assert [row["name"] for row in json.loads(timed.stdout)["methods"]] == ["dense", "scout"]
+    (point,) = json.loads(timed.stdout)["points"]
+    assert [row["name"] for row in point["methods"]] == ["dense", "scout"]
+    text = tmp_path / "text.txt"
+    text.write_text(PROMPT * 4, encoding="utf-8")
+    few = ("--text", str(text), "--windows", "2", "--prefix", "12", "--scored", "4", "--json")
+    scored = command("perplexity", *asked, "--method", "frozen", *few)
+    assert scored.exit_code == 0, scored.stderr
+    cases = [row["case"] for row in json.loads(scored.stdout)["results"]]
+    assert cases == ["dense", "scout ratio 0.3", "frozen ratio 0.3"]
 
 
 @pytest.mark.parametrize(

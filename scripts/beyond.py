@@ -41,7 +41,10 @@ def cases(ratio: float) -> dict[str, Method]:
     return {
         FAITHFUL: OnlinePruning(ratio=ratio),
         "gate-first": GateFirst(ratio),
+        "gate-first, dense ends": GateFirst(ratio, ends="dense"),
         "scout": Scout(ratio),
+        "scout, all layers alike": Scout(ratio, ends="pruned"),
+        "scout, none as foretold": Scout(ratio, rest="off"),
     }
 
 
@@ -91,7 +94,8 @@ class Row:
         above, other = self.minus(self.dense), self.minus(self.faithful)
         cells = [self.name, f"{self.ratio:g}", f"{self.read:.3f}"]
         cells += [f"{mean:+.3f} ± {error:.3f}" for mean, error in (above, other)]
-        return f"| {' | '.join(cells)} | {self.closed:.0%} |"
+        cells.append("" if self.name == FAITHFUL else f"{self.closed:.0%}")
+        return f"| {' | '.join(cells)} |"
 
 
 class Scorer:
@@ -99,7 +103,7 @@ class Scorer:
 
     def __init__(self, model: Any, prefix: int) -> None:
         self.config, self.params, self.prefix = model.config, model.params, prefix
-        made = make_scouts(model.params, model.config)
+        made = make_scouts(model.params, model.config, ends=True)
         self.scouted = with_scouts(model.params, made)
 
     def nats(self, window: Sequence[int], methods: Sequence[Method]) -> list[float]:

@@ -46,24 +46,30 @@ KINDS = ("laprox", "h2o", "streaming-llm", "kvzip", "fast-kvzip")
 LATER = ("qwen2_moe", *NEWER)
 
 
-def pairs(quick: tuple[str, ...], newer: tuple[str, ...] = (), later: bool = False) -> list[Any]:
+def pairs(
+    quick: tuple[str, ...],
+    newer: tuple[str, ...] = (),
+    later: bool = False,
+    others: tuple[str, ...] = (),
+) -> list[Any]:
     """All methods on all families; slow ones repeat what quick ones show of another family.
 
-    later: on the later families one of each kind of observation, not one alone.
+    quick: what is quick on llama; others: on the families beside it; newer: on the later ones.
+    later: on these one of each kind of observation, not one alone.
     """
     found = []
     for family in ("llama", "mistral", "qwen2", "qwen3", *LATER):
         for name in KV_METHODS:
             if family in LATER and name not in (KINDS if later else ("laprox",)):
                 continue
-            swift = newer if family in LATER else quick if family == "llama" else ("laprox",)
+            swift = newer if family in LATER else quick if family == "llama" else others
             slow = name not in swift
             found.append(pytest.param(family, name, marks=[pytest.mark.slow] if slow else []))
     return found
 
 
 FEW = pairs(KINDS)
-PAIRS = pairs(tuple(KV_METHODS))
+PAIRS = pairs(tuple(KV_METHODS), others=("laprox",))
 WIDE, MASKED = (pairs(tuple(KV_METHODS), newer, later=True) for newer in ((), ("laprox",)))
 
 

@@ -57,11 +57,19 @@ def case(D: int, F: int, dtype: str, counts: str, form: str, kept: str) -> tuple
     return w, held, units, count, channels(units, count, SIZES[form], F)
 
 
-@pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize(
-    ("D", "F", "dtype", "form", "kept", "vectors"),
-    [(*case, n) for case in CASES for n in ((1, 64) if case[3] == "blocks" else (3,))],
-)
+def products() -> list[Any]:
+    """Every case with every count; with many vectors one count, the others as slow repetitions."""
+    found = []
+    for *case, form, kept in CASES:
+        for n in (1, 64) if form == "blocks" else (3,):
+            for counts in COUNTS:
+                slow = n == 64 and counts != "some"
+                values = (*case, form, kept, n, counts)
+                found.append(pytest.param(*values, marks=[pytest.mark.slow] if slow else []))
+    return found
+
+
+@pytest.mark.parametrize(("D", "F", "dtype", "form", "kept", "vectors", "counts"), products())
 def test_interpreted_kernels_equal_the_reference(
     D: int, F: int, dtype: str, form: str, kept: str, counts: str, vectors: int
 ) -> None:

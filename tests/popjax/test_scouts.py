@@ -181,7 +181,7 @@ def test_scouts_that_do_not_fit(changes: dict[str, Any], complaint: str) -> None
         masked_mlp(x, gate, up, down, activation="silu", scout=copies)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "native"])
+@pytest.mark.parametrize("implementation", [pytest.param("xla", marks=pytest.mark.slow), "native"])
 def test_with_eight_bits_a_run_is_nearly_that_of_the_true_best(implementation: str) -> None:
     """The same count chosen from exact scores: eight bits move few of them, and logits little."""
     plain, params = params_with(8)

@@ -10,11 +10,11 @@ import pytest
 
 import popjax
 from popjax.continuation import continuation_logprobs
+from popjax.evaluation.windows import cut_windows
 from popjax.methods import GateFirst, Method, OnlinePruning, Scout
 from popjax.scouts import make_scouts, with_scouts
 from scripts import beyond
 from scripts.beyond import FAITHFUL, Row, share_read
-from scripts.quality import cut_windows
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. " * 8
 SHORT = ["--windows", "2", "--prefix", "16", "--scored", "8", "--ratios", "0.3"]

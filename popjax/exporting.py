@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from popjax.given_partition import checked_partitions
 from popjax.methods import Method
 from popjax.packing import as_matrices, pack
 from popjax.run import Request, run
-from popjax.sparsity import Partitions, checked_partitions
+from popjax.sparsity import Partitions
 
 if TYPE_CHECKING:
     from popjax.model import LanguageModel

@@ -19,9 +19,10 @@ from popjax.eviction import KvMethod
 from popjax.eviction.evict import check_model
 from popjax.expert_partition import ExpertPartition
 from popjax.generate import Masks, Options
+from popjax.given_partition import checked_partitions
 from popjax.methods import Method, check_evaluated
 from popjax.sampling import SamplingConfig
-from popjax.sparsity import Partitions, checked_partitions
+from popjax.sparsity import Partitions
 
 # Called after every chunk with tokens [B, n] so far and done [B]; returns rows to stop, [B] bool.
 OnChunk = Callable[[np.ndarray, np.ndarray], np.ndarray]

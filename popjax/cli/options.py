@@ -212,13 +212,8 @@ def chosen_method(
     """The method that the options describe; any of its own options alone means online pruning."""
     from popjax.methods import method_named
 
-    given: dict[str, Any] = {
-        "ratio": ratio,
-        "model_ratio": model_ratio,
-        "gamma": gamma,
-        "prefill": prefill,
-        "statistics": statistics,
-    }
+    given: dict[str, Any] = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma}
+    given |= {"prefill": prefill, "statistics": statistics}
     if name is None:
         if statistics is not None:
             raise typer.BadParameter(

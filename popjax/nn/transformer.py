@@ -118,8 +118,8 @@ class Block(nn.Module):
             self.attn_out_norm, self.mlp_out_norm = Norm(self.config), Norm(self.config)
         self.attn = Attention(self.config, self.layer, *place)
         if self.layer.moe is None:
-            after = None if self.config.norm_place == "pre" else self.mlp_out_norm
-            self.mlp = Mlp(self.config, self.layer, self.method, *place, after)
+            after = [] if self.config.norm_place == "pre" else [self.mlp_out_norm]
+            self.mlp = Mlp(self.config, self.layer, self.method, *place, *after)
         else:
             if self.layer.mlp_dim:
                 # To its method what every token uses is an FFN as of any layer without experts.
@@ -176,7 +176,7 @@ class Block(nn.Module):
         y = summed(y, self.shards)
         if self.config.mlp_bias:
             y = ops.shifted(y, self.mlp_bias)
-        # What removed channels gave on average (`methods.flap`): a bias of down like any.
+        # What removed channels gave on average (`methods.flap`).
         y = ops.shifted(y, self.get_variable("params", "mlp_compensation"))
         return self._given(y, "mlp_out_norm")
 
@@ -229,8 +229,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.config.layers):
             given = None if partition is None else partition[i]
             context = self._context(i, layer, inputs, cache, keys, tables)
-            gate = None if gates is None else gates[i]
-            block = getattr(self, f"layer_{i}")
+            gate, block = None if gates is None else gates[i], getattr(self, f"layer_{i}")
             x, written, both = block.prefill(x, valid, given, *context, gate=gate)
             layers.append(written)
             observed.append(both)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from kernels_pallas.masked_mlp import Selection, choose, select_top
 from popjax.families import model_config
+from popjax.given_partition import checked_partitions
 from popjax.methods import OnlinePruning
 from popjax.sparsity import (
     ChannelBudget,
     ChannelPartition,
     channel_budget,
-    checked_partitions,
     ffn_ratio,
     partition_by_rank,
     rounded,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 SHAPES = "osD^vP*X<>ph"
 _SIZE, _DPI = (13.0, 5.6), 120
+_LINE = 150  # characters of the title that fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def draw(path: str | os.PathLike[str], found: Sequence[Point], *, title: str) ->
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_SIZE, layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, _LINE), fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
     kinds: dict[str, list[Point]] = {}
     for point in found:

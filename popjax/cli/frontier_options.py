@@ -92,7 +92,7 @@ def measured(
     )
     if asked.figure is not None:
         timed = f"timed at {result.batch} x {result.prompt_tokens} prompt tokens"
-        frontier.draw(asked.figure, found, title=f"{protocol}\n{timed}")
+        frontier.draw(asked.figure, found, title=f"{protocol}; {timed}")
     return {
         "protocol": protocol,
         "dense_losses": list(losses[DENSE]),

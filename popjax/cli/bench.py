@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,11 +108,17 @@ def bench(
     scout_options.check_scout(list(pruning.values()), scout)
     cases = _cases(pruning, shallow, eviction)
     scoring = frontier_options.chosen(text, figure, windows, prefix, scored)
+    for file, option in ((csv, "--csv"), (figure, "--figure")):
+        frontier_options.check_writable(file, option)
+    _once(batch, "--batch")
+    _once(prompt_tokens, "--prompt-tokens")
     given = _given(prompt, prompt_file, prompt_tokens)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
     ids = loaded.encode(PASSAGE if given is None else given)[0]
     lengths = prompt_tokens or [256 if given is None else len(ids)]
+    if scoring is not None:
+        frontier_options.cut(loaded, scoring)  # refuses a text too short before anything is timed
     points = [(rows, length) for length in lengths for rows in batch or [1]]
     results = _timed(loaded, cases, ids, points, new_tokens, rounds)
     found: dict[str, Any] = {
@@ -121,6 +128,14 @@ def bench(
     if scoring is not None:
         found["quality"] = frontier_options.measured(loaded, cases, results[0], scoring)
     _publish(results, found, csv, json)
+
+
+def _once(values: Sequence[Any] | None, option: str) -> None:
+    """Wrong usage where a repeated option has the same value twice."""
+    held = list(values or ())
+    twice = next((value for i, value in enumerate(held) if value in held[:i]), None)
+    if twice is not None:
+        raise typer.BadParameter(f"{twice} is named twice: name it once", param_hint=option)
 
 
 def _pruning(
@@ -139,6 +154,8 @@ def _pruning(
         "statistics": statistics,
     }
     named = names or ["online-pruning"]
+    _once(names, "--method")
+    _once(ratios, "--ratio")
     found = {}
     for name, own in zip(named, options.of_several(named, given), strict=True):
         own = {key: own.get(key) for key in given}

@@ -67,7 +67,9 @@ def calibrate(
         raise typer.BadParameter("prompts are cut from one: give --text", param_hint="--text")
     if not text.is_file():
         raise typer.BadParameter(f"there is no file {text}", param_hint="--text")
-    words = options.read_prompt(None, text)
+    words = options.read_text(text, "--text")
+    if not words.strip():
+        raise typer.BadParameter(f"{text} is empty: give one to cut from", param_hint="--text")
     loaded = choice.load()
     prompts = cut(loaded.encode(words)[0], samples, prompt_tokens)
     about = f"{samples} prompts of {prompt_tokens} tokens of {text.name}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import depth_options, options
+from popjax.cli import depth_options, options, scout_options
 from popjax.cli.generate import streamed
 from popjax.cli.terminal import command, say
 
@@ -40,6 +40,7 @@ def chat(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    scout: scout_options.ScoutFile = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
@@ -62,6 +63,7 @@ def chat(
         prefill=prefill,
         statistics=statistics,
     )
+    scout_options.check_scout([chosen], scout)
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     sampling = options.chosen_sampling(
         do_sample=do_sample,
@@ -72,6 +74,7 @@ def chat(
         repetition_penalty=repetition_penalty,
     )
     loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
+    loaded = scout_options.with_scout(loaded, scout)
     loaded.encode("hello", chat=True)  # fails now, not after the first message, without a template
     say(f"{loaded.name}: {HELP}")
     limit = DEFAULT_REPLY if max_new_tokens is None else max_new_tokens

@@ -79,6 +79,8 @@ def evaluate(
     scout_options.check_scout([case.method for case in cases], scout)
     evaluation_options.check_protocol(protocol, cases)
     names = [name for each in tasks for name in each.split(",") if name]
+    if not names:
+        raise typer.BadParameter("no task is named: give one", param_hint="--tasks")
     files = [Path(name) for name in names if name.endswith(".jsonl")]
     named = [name for name in names if not name.endswith(".jsonl")]
     from popjax.evaluation.run import How, evaluate_tasks

@@ -64,17 +64,31 @@ def chosen(
     return None
 
 
+def check_writable(file: Path | None, option: str) -> None:
+    """Wrong usage where a file cannot be written, said before the work and not after it."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise typer.BadParameter(
+            f"{file} must be a file in a folder that exists: choose another", param_hint=option
+        )
+
+
+def cut(model: LanguageModel, asked: Scoring) -> tuple[list[list[int]], int]:
+    """The windows of the text, and how many tokens it has. ValueError for one too short."""
+    from popjax.evaluation.paired import text_windows
+
+    return text_windows(model, asked.text, asked.windows, asked.prefix + asked.scored)
+
+
 def measured(
     model: LanguageModel, cases: dict[str, Case], result: BenchResult, asked: Scoring
 ) -> dict[str, Any]:
     """Loss above dense of every case beside its bytes and time, drawn where that was asked for."""
     from popjax import frontier
     from popjax.bench import DENSE
-    from popjax.evaluation.paired import paired_losses, text_windows
+    from popjax.evaluation.paired import paired_losses
     from popjax.evaluation.protocols import Case
 
-    length = asked.prefix + asked.scored
-    windows, count = text_windows(model, asked.text, asked.windows, length)
+    windows, count = cut(model, asked)
     with Status() as status:
         status.say("Measuring losses")
         losses = paired_losses(

@@ -55,6 +55,11 @@ def calibrate_scout(model: LanguageModel, out: Path) -> None:
     from popjax.inspection import format_bytes
     from popjax.scouts import make_scouts, save_scouts, scout_bytes, with_scouts
 
+    if model.config.num_layers < 3:
+        raise ValueError(
+            f"a scout leaves the first and the last layer whole, and {model.name} has "
+            f"{model.config.num_layers}: it takes three layers or more"
+        )
     with Status() as status:
         status.say("Rounding gate and up")
         scouts = make_scouts(model.params, model.config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli import cache_options, options
+from popjax.cli import cache_options, options, scout_options
 from popjax.cli.terminal import Status, command, say, write
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def show(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    scout: scout_options.ScoutFile = None,
     max_new_tokens: options.MaxNewTokens = DEFAULT_STEPS,
     chat: options.Chat = False,
     layer: Layers = None,
@@ -66,11 +67,12 @@ def show(
         chosen = options.pruning_method(method, ratio, model_ratio, gamma, prefill, statistics)
     elif any(
         value is not None
-        for value in (method, ratio, model_ratio, gamma, prefill, statistics, layer)
+        for value in (method, ratio, model_ratio, gamma, prefill, statistics, scout, layer)
     ):
         raise typer.BadParameter(
             "a picture shows channels or cache entries: drop the options of one", param_hint="--kv"
         )
+    scout_options.check_scout([] if chosen is None else [chosen], scout)
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise typer.BadParameter(
             f"{output} must be a .png file in a folder that exists", param_hint="--output"
@@ -78,6 +80,7 @@ def show(
     text = options.read_prompt(prompt, prompt_file)
     picture.require_matplotlib()  # before the work, not after it
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
+    loaded = scout_options.with_scout(loaded, scout)
     if eviction is None:
         picture.require_no_experts(loaded.config)
     with Status() as status:

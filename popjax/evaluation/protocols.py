@@ -7,6 +7,8 @@ since one of the two leaves pruning and eviction no effect to show.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 
 from popjax.bench import DENSE
 from popjax.depth import DepthMethod
@@ -37,8 +39,22 @@ class Case:
         return type(self.method) is Method and self.eviction is None and self.depth is None
 
     def words(self) -> str:
-        """All that decides its numbers, for the settings of a run."""
-        return repr((self.method, self.eviction, self.depth))
+        """All that decides its numbers, for the settings of a run: of a statistics file its bytes.
+
+        Raises ValueError where that file cannot be read.
+        """
+        said = repr((self.method, self.eviction, self.depth))
+        file = self.method.calibration
+        if file is None:
+            return said
+        try:
+            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        except OSError as error:
+            raise ValueError(
+                f"statistics {file} cannot be read ({error.strerror}): write them with `popjax "
+                "calibrate channels`"
+            ) from error
+        return f"{said}, statistics {digest}"
 
 
 def checked_protocol(name: str, case: Case) -> str:
@@ -49,6 +65,11 @@ def checked_protocol(name: str, case: Case) -> str:
         raise ValueError(
             "the single-pass protocol has no phase after the prompt, so that evicted entries and "
             "skipped layers (kv, depth) cannot be scored: use the protocol split"
+        )
+    if name == SINGLE_PASS and case.method.calibration is not None:
+        raise ValueError(
+            f"the single-pass protocol runs no method that is calibrated, such as {case.name}: use "
+            "the protocol split"
         )
     return name
 

@@ -18,6 +18,7 @@ from popjax.evaluation.protocols import SPLIT, Case
 from popjax.evaluation.results import Evaluation, Row
 from popjax.evaluation.scoring import Scorer
 from popjax.evaluation.task_files import Task
+from popjax.methods import check_evaluated
 from popjax.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class How:
 
     def scorers(self, model: LanguageModel, cases: Sequence[Case]) -> list[Scorer]:
         """A scorer for each case."""
+        for case in cases:
+            # Refused before a file of results is begun.
+            check_evaluated(case.method.for_model(model.config), model.config)
         place = model.params, model.config
         return [Scorer(*place, case, self.protocol, self.batch_size) for case in cases]
 
@@ -97,8 +101,9 @@ def evaluate_tasks(
     ready = [local_tasks.encoded(task, encoder, how.chat) for task in files]
     digests = {task.name: task.digest for task in files}
     settings = how.settings(model, cases, tasks={**digests, **dict.fromkeys(names, "lm-eval")})
+    scorers = how.scorers(model, cases)
     with Journal(settings, out) as journal:
-        rows = local_tasks.score(ready, how.scorers(model, cases), journal, on_done)
+        rows = local_tasks.score(ready, scorers, journal, on_done)
         notes = [note for each in ready for note in local_tasks.notes(each, cases)]
         if manager is not None:
             found = _harness(model, cases, names, manager, how, journal, on_done)
@@ -152,8 +157,8 @@ def evaluate_text(
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     more = {"text": digest, **perplexity.settings_of(windows)}
     settings = how.settings(model, cases, **more)
+    scorers = how.scorers(model, cases)
     with Journal(settings, out) as journal:
-        scorers = how.scorers(model, cases)
         rows = perplexity.measure(windows, scorers, journal, name, on_done)
     return Evaluation(
         model.name, how.protocol, tuple(rows), settings, tuple(perplexity.notes(windows, rows))

@@ -85,16 +85,21 @@ class Scorer:
         return [batch for group in groups.values() for batch in self._cut(group, pairs)]
 
     def _cut(self, order: list[int], pairs: Sequence[Pair]) -> list[list[int]]:
-        """The indices in batches within batch_size, and within what logits may hold."""
+        """The indices in batches within batch_size, what logits may hold, and the context length.
+
+        The longest context of a batch and its longest continuation, of another row, go together.
+        """
         batches: list[list[int]] = []
-        longest = 0
+        before = longest = 0
         for i in order:
+            before = max(before, len(pairs[i].context))
             longest = max(longest, len(pairs[i].continuation))
             rows = len(batches[-1]) + 1 if batches else 1
             held = rows * bucket(longest) * self.config.vocab_size
-            if not batches or rows > self.batch_size or held > _LOGITS:
+            over = held > _LOGITS or before + longest > self.config.max_positions
+            if not batches or rows > self.batch_size or over:
                 batches.append([])
-                longest = len(pairs[i].continuation)
+                before, longest = len(pairs[i].context), len(pairs[i].continuation)
             batches[-1].append(i)
         return batches
 

@@ -225,3 +225,30 @@ def test_what_was_scored_before_a_nan_is_kept(
         and "a log-likelihood under online-pruning ratio 0.5 is nan" in said(result)
     )
     assert out.read_text().count("\n") > 4
+
+
+def test_calibrated_methods_are_none_of_a_single_pass(command: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    asked = ("perplexity", "--text", str(text), *SHORT, *ONLINE, "--method", "flap")
+    asked = (*asked, "--statistics", str(tmp_path / "none.safetensors"))
+    refused = command(*asked, "--protocol", "single-pass")
+    assert refused.exit_code == 2 and "runs no method that is calibrated" in said(refused)
+    out = tmp_path / "out.jsonl"
+    missing = command(*asked, "--out", str(out))
+    assert missing.exit_code == 1 and "cannot be read" in said(missing)
+    assert not out.exists()
+
+
+def test_a_ratio_that_cannot_be_served_begins_no_file(command: Any, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.jsonl"
+    text.write_text(TEXT, encoding="utf-8")
+    asked = ("--method", "frozen", "--ratio", "1", "--out", str(out))
+    refused = command("perplexity", "--text", str(text), *SHORT, *asked)
+    assert refused.exit_code == 1 and "leaves no FFN channel" in said(refused)
+    assert not out.exists()
+
+
+def test_no_task_is_wrong_usage(command: Any) -> None:
+    refused = command("eval", "--tasks", ",")
+    assert refused.exit_code == 2 and "no task is named" in said(refused)

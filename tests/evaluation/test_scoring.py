@@ -156,3 +156,11 @@ def test_what_a_protocol_cannot_show_is_refused() -> None:
         Scorer(PARAMS, CONFIG, DENSE, "spilt")
     with pytest.raises(ValueError, match="batch_size 0 is below 1"):
         dataclasses.replace(Scorer(PARAMS, CONFIG), batch_size=0)
+
+
+def test_rows_that_fit_alone_are_not_batched_beyond_the_context_length() -> None:
+    config = dataclasses.replace(CONFIG, max_positions=20)
+    long, short = tuple(PROMPTS[0][:3]), tuple(range(1, 17))
+    pairs = [Pair(short, (4, 9)), Pair(long, tuple(range(1, 16)))]
+    found = dict(Scorer(PARAMS, config, DENSE, SPLIT, 4).scores(pairs))
+    assert [found[i].tokens for i in (0, 1)] == [2, 15]

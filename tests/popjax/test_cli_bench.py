@@ -78,6 +78,9 @@ def test_quality_stands_beside_speed(bench: Any, tmp_path: Path) -> None:
             "--gamma: none of frozen",
         ),
         (["--batch", "0"], "--batch"),
+        (["--batch", "2", "--batch", "2"], "--batch: 2 is named twice"),
+        (["--ratio", "0.3", "--ratio", "0.3"], "--ratio: 0.3 is named twice"),
+        (["--csv", "nowhere/b.csv"], "--csv: nowhere/b.csv must be a file in a folder that exists"),
     ],
 )
 def test_wrong_usage_is_said_before_a_model_is_loaded(arguments: list[str], words: str) -> None:

@@ -50,8 +50,8 @@ def load_artefact(
     mine, (what, remedy) = fingerprint(params, config), words
     if about.get("fingerprint") != mine:
         raise checkpoints.CheckpointError(
-            f"{path} holds {what} of another model (fingerprint {about.get('fingerprint')}, this "
-            f"one has {mine}): {remedy}"
+            f"{path} holds {what} of another model or dtype (fingerprint "
+            f"{about.get('fingerprint')}, this one has {mine}): {remedy}"
         )
     return arrays
 

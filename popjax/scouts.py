@@ -18,11 +18,12 @@ import numpy as np
 
 import checkpoints
 from kernels_pallas.row_products import QuantizedRows, quantized
+from popjax.artefact import load_artefact, save_artefact
 from popjax.config import ModelConfig
-from popjax.fingerprint import fingerprint
+from popjax.leaves import check_layers, with_leaves, without_leaves
 from popjax.sparsity import Params
 
-KIND, VERSION = "scout", "1"
+FORM = ("scout", "1")
 BITS, GROUP = 4, 64
 MATRICES = ("gate", "up")
 # One dict of arrays a layer: of a matrix w `scout_w` and `scout_w_scale`.
@@ -103,26 +104,14 @@ def with_scouts(params: Params, scouts: Sequence[dict[str, Any]]) -> Params:
     Save a model without them: its file formats have no place for scouts. Raises ValueError for
     another number of layers.
     """
-    layers = [name for name in params if name.startswith("layer_")]
-    if len(layers) != len(scouts):
-        raise ValueError(
-            f"scouts of {len(scouts)} layers were given for a model of {len(layers)}: give one each"
-        )
-    found = dict(params)
-    for i, scout in enumerate(scouts):
-        layer = params[f"layer_{i}"]
-        found[f"layer_{i}"] = {**layer, "mlp": {**layer["mlp"], **scout}}
-    return found
+    check_layers(params, "scouts", scouts)
+    paths = {f"layer_{i}/mlp/{k}": w for i, one in enumerate(scouts) for k, w in one.items()}
+    return with_leaves(params, paths)
 
 
 def without_scouts(params: Params) -> Params:
     """Inverse of `with_scouts`; parameters that have none as they are."""
-    found, added = dict(params), set(names())
-    for name, layer in params.items():
-        if name.startswith("layer_") and "mlp" in layer:
-            mlp = {leaf: w for leaf, w in layer["mlp"].items() if leaf not in added}
-            found[name] = {**layer, "mlp": mlp}
-    return found
+    return without_leaves(params, "mlp", set(names()))
 
 
 def scout_bytes(params: Params, layer: int | None = None) -> int:
@@ -140,8 +129,7 @@ def save_scouts(
     Raises CheckpointError where the path exists.
     """
     arrays = {f"layer_{i}/{name}": w for i, one in enumerate(scouts) for name, w in one.items()}
-    about = {"fingerprint": fingerprint(params, config)}
-    return checkpoints.save_bundle(path, KIND, VERSION, arrays, about)
+    return save_artefact(path, FORM, arrays, params, config)
 
 
 def load_scouts(path: str | os.PathLike[str], params: Params, config: ModelConfig) -> Scouts:
@@ -149,13 +137,8 @@ def load_scouts(path: str | os.PathLike[str], params: Params, config: ModelConfi
 
     Raises CheckpointError for a file that is damaged, of another version, or of another model.
     """
-    arrays, about = checkpoints.load_bundle(path, KIND, VERSION)
-    mine = fingerprint(params, config)
-    if about.get("fingerprint") != mine:
-        raise checkpoints.CheckpointError(
-            f"{path} holds a scout of another model or dtype (fingerprint "
-            f"{about.get('fingerprint')}, this one has {mine}): run popjax calibrate scout for it"
-        )
+    words = ("a scout", "run popjax calibrate scout for it")
+    arrays = load_artefact(path, FORM, params, config, words)
     inner = range(1, config.num_layers - 1)
     held = range(config.num_layers) if "layer_0/scout_up" in arrays else inner
     wanted = {f"layer_{i}/{name}" for i in held for name in names()}

@@ -17,7 +17,6 @@ import numpy as np
 from kernels_pallas.masked_mlp import ACTIVATIONS
 from kernels_pallas.row_products import expand
 from popjax import cache as kv
-from popjax.calibration.prepared import with_leaves
 from popjax.calibration.statistics import (
     STEPS,
     ChannelStatistics,
@@ -27,6 +26,7 @@ from popjax.calibration.statistics import (
 )
 from popjax.config import LayerConfig, ModelConfig
 from popjax.eviction.method import AttentionActs, KvMethod
+from popjax.leaves import with_leaves
 from popjax.methods import Method
 from popjax.methods.method import LayerActs
 from popjax.nn import ops
@@ -126,7 +126,7 @@ def measure(
     weighted = params
     if config.gated:
         rms = {
-            f"layer_{i}/mlp/calibrated": np.sqrt(layer["up_energy"]).astype(np.float32)
+            f"layer_{i}/mlp/calibrated": jnp.asarray(np.sqrt(layer["up_energy"]), jnp.float32)
             for i, (layer, _) in enumerate(moments)
         }
         weighted = with_leaves(params, rms)

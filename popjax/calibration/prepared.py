@@ -7,14 +7,15 @@ for, and nothing is baked into a program. Leaves out what the statistics mean: m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from popjax.calibration.statistics import load_statistics
 from popjax.config import ModelConfig
+from popjax.leaves import with_leaves
 from popjax.sparsity import Params
 
 if TYPE_CHECKING:
@@ -45,21 +46,9 @@ def prepared(
     statistics = tuple(every[i] for i in whole[2])
     found = method.calibrated(statistics, params, config, request.partition)
     request = dataclasses.replace(request, partition=found.partition)
-    params = with_leaves(params, found.leaves)
-    return request, params, with_leaves(params, found.decoding)
+    leaves, decoding = (jax.tree.map(jnp.asarray, held) for held in (found.leaves, found.decoding))
+    params = with_leaves(params, leaves)
+    return request, params, with_leaves(params, decoding)
 
 
-def with_leaves(params: Params, leaves: Mapping[str, Any]) -> Params:
-    """Parameters with arrays added at paths such as "layer_0/mlp/calibrated", no weight copied."""
-    found = dict(params)
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = found
-        for parent in parents:
-            node[parent] = dict(node.get(parent, {}))
-            node = node[parent]
-        node[name] = jnp.asarray(leaf)
-    return found
-
-
-__all__ = ["prepared", "with_leaves"]
+__all__ = ["prepared"]

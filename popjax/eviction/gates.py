@@ -22,6 +22,7 @@ from checkpoints.safetensors_files import SafetensorsFolder, read_header
 from popjax import axes
 from popjax.artefact import load_artefact, save_artefact
 from popjax.config import ModelConfig
+from popjax.leaves import check_layers, with_leaves, without_leaves
 from popjax.sparsity import Params
 
 KIND, VERSION = "gates", "1"
@@ -68,26 +69,14 @@ def with_gates(params: Params, gates: Sequence[dict[str, Any]]) -> Params:
     Save a model without them: its file formats have no place for gates. Raises ValueError for
     another number of layers.
     """
-    layers = [name for name in params if name.startswith("layer_")]
-    if len(layers) != len(gates):
-        raise ValueError(
-            f"gates of {len(gates)} layers were given for a model of {len(layers)}: give one each"
-        )
-    found = dict(params)
-    for i, gate in enumerate(gates):
-        layer = params[f"layer_{i}"]
-        found[f"layer_{i}"] = {**layer, "attn": {**layer["attn"], GATE: dict(gate)}}
-    return found
+    check_layers(params, "gates", gates)
+    paths = {f"layer_{i}/attn/{GATE}/{k}": w for i, one in enumerate(gates) for k, w in one.items()}
+    return with_leaves(params, paths)
 
 
 def without_gates(params: Params) -> Params:
     """Inverse of `with_gates`; parameters that have none as they are."""
-    found = dict(params)
-    for name, layer in params.items():
-        if name.startswith("layer_"):
-            attn = {leaf: value for leaf, value in layer["attn"].items() if leaf != GATE}
-            found[name] = {**layer, "attn": attn}
-    return found
+    return without_leaves(params, "attn", {GATE})
 
 
 def save_gates(

@@ -82,8 +82,7 @@ def _check_no_experts(model: LanguageModel) -> None:
 def _check_final(partition: Partitions) -> None:
     """Raise ValueError where candidates are left that every step would choose among."""
     for i, part in enumerate(partition):
-        thresholds = getattr(part, "threshold", None) is not None
-        if thresholds or part.k_selected != part.num_candidate:
+        if not part.decided:
             raise ValueError(
                 f"the partition of layer {i} leaves {part.k_selected} of {part.num_candidate} "
                 "candidates to be chosen at every step, which no plain checkpoint can do: use "

@@ -15,6 +15,7 @@ from flax import struct
 
 from popjax.config import LayerConfig
 from popjax.expert_partition import ExpertPartition, experts_by_rank
+from popjax.methods.scores import weight_scores
 from popjax.nn.moe import Order, Routes, order_of, ragged_channels, ragged_output
 from popjax.sparsity import ChannelBudget, ChannelPartition, Params, partition_by_rank
 
@@ -132,7 +133,7 @@ def row_norms(w: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(w * w, axis=-1))
 
 
-def weight_scores(params: Params, wanted: jax.Array) -> jax.Array:
+def weight_scores_of(params: Params, wanted: jax.Array) -> jax.Array:
     """||Wg_i|| ||Wu_i|| ||Wd_i|| [E, M] of the experts wanted [E] bool, and zeros of the others.
 
     One after the other, so that what is not wanted is not read.
@@ -140,8 +141,8 @@ def weight_scores(params: Params, wanted: jax.Array) -> jax.Array:
     first = jnp.argsort(~wanted, stable=True)
 
     def with_expert(i: jax.Array, scores: jax.Array) -> jax.Array:
-        gate, up, down = (row_norms(params[name][first[i]]) for name in ("gate", "up", "down"))
-        return scores.at[first[i]].set(gate * up * down)
+        one = {name: params[name][first[i]] for name in ("gate", "up", "down")}
+        return scores.at[first[i]].set(weight_scores(one))
 
     none = jnp.zeros(params["down"].shape[:2], jnp.float32)
     return jax.lax.fori_loop(0, jnp.sum(wanted), with_expert, none)
@@ -168,7 +169,7 @@ def expert_scores(
         scores = scores * row_norms(params["down"]) if kind == "down" else scores
     tokens = jnp.sqrt(acts.order.sizes.astype(jnp.float32))
     unseen = ~rules.seen(tokens) & (rules.unseen == "weights")
-    return ExpertStatistic(scores, tokens, weight_scores(params, unseen))
+    return ExpertStatistic(scores, tokens, weight_scores_of(params, unseen))
 
 
 def partition_of(

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         y = ops.heads_out(out, declare(self, "o", self.config), self.implementation)
         y = summed(y, self.shards)
         if self.config.o_bias:
-            y = y + declare(self, "o_bias", self.config).astype(y.dtype)[None, None, :]
+            y = ops.shifted(y, declare(self, "o_bias", self.config))
         return y, cache, AttentionActs(x, q, cache.k, cache.v, *positions, slot)
 
     def _projected(self, x: jax.Array, names: str) -> list[jax.Array]:

@@ -229,15 +229,15 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.config.layers):
             given = None if partition is None else partition[i]
             context = self._context(i, layer, inputs, cache, keys, tables)
-            gate, block = None if gates is None else gates[i], getattr(self, f"layer_{i}")
+            gate = None if gates is None else gates[i]
+            block = getattr(self, f"layer_{i}")
             x, written, both = block.prefill(x, valid, given, *context, gate=gate)
             layers.append(written)
             observed.append(both)
         statistics, seen = zip(*observed, strict=True)
         logits = self._logits(x if all_logits else x[:, -1, :])
-        return Outputs(
-            logits, self._leave(inputs, layers, keys, cache), statistics=statistics, seen=seen
-        )
+        left = self._leave(inputs, layers, keys, cache)
+        return Outputs(logits, left, statistics=statistics, seen=seen)
 
     def _shallow(
         self, plan: DepthPlan, inputs: Inputs, cache: Cache, partition: Partitions | None

@@ -17,7 +17,7 @@ import numpy as np
 
 from checkpoints.atomic import new_file
 from popjax.bench import DENSE, BenchResult, Spread
-from popjax.evaluation.statistics import standard_error
+from popjax.evaluation.statistics import paired
 from popjax.picture import require_matplotlib
 
 if TYPE_CHECKING:
@@ -58,14 +58,13 @@ def points(result: BenchResult, losses: Mapping[str, Sequence[float]]) -> tuple[
     for method in result.methods:
         if method.name == DENSE:
             continue
-        pairs = zip(losses[method.name], dense, strict=True)
-        differences = [mine - theirs for mine, theirs in pairs]
+        difference = paired(losses[method.name], dense)
         made.append(
             Point(
                 name=method.name,
-                loss=float(np.mean(differences)),
-                loss_error=standard_error(differences),
-                windows=len(differences),
+                loss=difference.mean,
+                loss_error=difference.standard_error,
+                windows=difference.n,
                 bytes_share=method.read_bytes / result[DENSE].read_bytes,
                 time_share=method.decode_step.over(result[DENSE].decode_step),
             )

@@ -3,7 +3,7 @@
     python -m scripts.beyond --text article.txt --json beyond.json
 
 Each window's prefix is prefilled, and the tokens after it are scored as decode steps under each
-method (`popjax.continuation`). Prints a markdown table: what a step reads of the FFN's bytes, what
+method (`popjax.evaluation`). Prints a markdown table: what a step reads of the FFN's bytes, what
 each method loses to dense, and how much of online pruning's loss it saves. The text is the
 caller's: none is shipped. Scouts are made of the weights alone, so nothing here is calibrated.
 """
@@ -11,27 +11,20 @@ caller's: none is shipped. Scouts are made of the weights alone, so nothing here
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from popjax.buckets import bucket
+from popjax.bench import DENSE
 from popjax.config import ModelConfig
-from popjax.continuation import continuation_logprobs, token_logprobs
-from popjax.evaluation.statistics import standard_error
-from popjax.generate import PROGRAMS
+from popjax.evaluation.paired import paired_losses
+from popjax.evaluation.protocols import Case
+from popjax.evaluation.statistics import paired
 from popjax.methods import GateFirst, Method, OnlinePruning, Scout
 from popjax.methods.row_budgets import rows_of_online_pruning
-from popjax.nn.transformer import Inputs, Outputs
-from popjax.packing import pack
-from popjax.prefilling import Prefill, prefilled
-from popjax.run import plan_channels
 from popjax.scouts import make_scouts, with_scouts
-from scripts.quality import loaded_windows, window_parser, write_json
+from scripts.quality import loaded_windows, progress, window_parser, write_json
 
 FAITHFUL = "online-pruning"
 
@@ -77,8 +70,8 @@ class Row:
 
     def minus(self, others: Sequence[float]) -> tuple[float, float]:
         """Mean difference to others, paired by window, and its standard error."""
-        found = [a - b for a, b in zip(self.windows, others, strict=True)]
-        return float(np.mean(found)), standard_error(found)
+        found = paired(self.windows, others)
+        return found.mean, found.standard_error
 
     @property
     def closed(self) -> float:
@@ -98,64 +91,20 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-class Scorer:
-    """Nats a token of windows under methods; those that run a prompt dense share its prefill."""
-
-    def __init__(self, model: Any, prefix: int) -> None:
-        self.config, self.params, self.prefix = model.config, model.params, prefix
-        made = make_scouts(model.params, model.config, ends=True)
-        self.scouted = with_scouts(model.params, made)
-
-    def nats(self, window: Sequence[int], methods: Sequence[Method]) -> list[float]:
-        """One number a method, of the tokens of the window after its prefix."""
-        prompt, rest = window[: self.prefix], window[self.prefix :]
-        room = bucket(len(rest) - 1)
-        # What a gate's choice needs to know of a prompt; other methods need nothing.
-        observed = GateFirst(0.0)
-        asked = Prefill([prompt], self.config, observed, room=room)
-        outputs = prefilled(self.params, asked, asked.inputs(), None)
-        found = []
-        for method in methods:
-            if method.whole_prompt:
-                logprobs = continuation_logprobs(self.params, self.config, method, prompt, rest)
-            else:
-                logprobs = self._after(outputs, method, rest)
-            found.append(-float(np.mean(logprobs, dtype=np.float64)))
-        return found
-
-    def _after(self, outputs: Outputs, method: Method, rest: Sequence[int]) -> np.ndarray:
-        """Log-probabilities [n] of the tokens `rest` [n] after a dense prefill."""
-        params, config = self.params, self.config
-        if isinstance(method, Scout):
-            params = self.scouted
-        parts = plan_channels(outputs.statistics, config, method)
-        if parts is not None:
-            params, config, parts = pack(params, config, parts)
-        tokens = jnp.asarray(rest, jnp.int32)
-        positions = self.prefix + jnp.arange(len(rest) - 1, dtype=jnp.int32)
-        given = Inputs(tokens[None, :-1], positions[None, :])
-        static: dict[str, Any] = {"config": config, "method": method, "mesh": None}
-        later = PROGRAMS.score(params, given, outputs.cache, parts, **static)
-        logits = jnp.concatenate([outputs.logits[:, None, :], later], axis=1)
-        return np.asarray(token_logprobs(logits[0], tokens))
-
-
 def measure(
     model: Any, windows: Sequence[Sequence[int]], prefix: int, ratios: Sequence[float]
 ) -> list[Row]:
     """Every method at every ratio; all see a window before the next begins."""
     wanted = {(name, r): method for r in ratios for name, method in cases(r).items()}
-    scorer, values, started = Scorer(model, prefix), [], time.perf_counter()
-    for i, window in enumerate(windows):
-        values.append(scorer.nats(window, [Method(), *wanted.values()]))
-        above = np.mean(values, axis=0)[1:] - np.mean(values, axis=0)[0]
-        spent, means = time.perf_counter() - started, " ".join(f"{mean:+.3f}" for mean in above)
-        print(f"window {i + 1}/{len(windows)}, {spent:.0f} s: {means}", file=sys.stderr, flush=True)
-    dense, *columns = (tuple(column) for column in zip(*values, strict=True))
-    found = dict(zip(wanted, columns, strict=True))
+    made = make_scouts(model.params, model.config, ends=True)
+    # Methods without a scout are as they were: it lies beside the weights.
+    scouted = dataclasses.replace(model, params=with_scouts(model.params, made))
+    named = {DENSE: Case()} | {key: Case(method=method) for key, method in wanted.items()}
+    losses = paired_losses(scouted, windows, prefix, named, progress(len(windows)))
+    dense = losses[DENSE]
     return [
-        Row(name, r, share_read(method, model.config), column, dense, found[FAITHFUL, r])
-        for ((name, r), method), column in zip(wanted.items(), columns, strict=True)
+        Row(name, r, share_read(method, model.config), losses[name, r], dense, losses[FAITHFUL, r])
+        for (name, r), method in wanted.items()
     ]
 
 

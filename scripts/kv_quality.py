@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,14 @@ import popjax
 from checkpoints.atomic import new_file
 from popjax.bench import DENSE
 from popjax.continuation import token_logprobs
-from popjax.evaluation.statistics import standard_error
+from popjax.evaluation.statistics import paired, standard_error
 from popjax.evaluation.windows import cut_windows
 from popjax.eviction import KV_METHODS, KvMethod, KVzip, kv_method_named
 from popjax.frontier import COLOURS, SHAPES
 from popjax.picture import require_matplotlib
 from scripts.kv_windows import Prefilled
 from scripts.pass_key import Haystacks, PassKey
-from scripts.quality import write_json
+from scripts.quality import progress, write_json
 
 # All but the one whose scores come from gates that somebody must train for the model first.
 UNTRAINED = tuple(name for name in KV_METHODS if name != "fast-kvzip")
@@ -49,9 +47,8 @@ class Losses:
 
     def above_dense(self, case: Case) -> tuple[float, float]:
         """Mean and standard error of the differences to dense, paired by window."""
-        pairs = zip(self.windows[case], self.windows[DENSE, 1.0], strict=True)
-        differences = [mine - dense for mine, dense in pairs]
-        return float(np.mean(differences)), standard_error(differences)
+        found = paired(self.windows[case], self.windows[DENSE, 1.0])
+        return found.mean, found.standard_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +138,7 @@ def _all(
     found: dict[Case, list[Any]] = {case: [] for case in cases}
     # As in the cases themselves: with the words of the model's tokenizer, for instance.
     observed = {name: method for (name, _), method in cases.items() if method is not None}
-    started = time.perf_counter()
+    say = progress(len(items), what)
     for i, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
         prefilled = Prefilled(model.params, model.config, prompt, observed)
         for case, eviction in cases.items():
@@ -155,8 +152,7 @@ def _all(
                 return prefilled.logits(following, name, eviction)
 
             found[case].append(measure(item, logits))
-        spent = time.perf_counter() - started
-        print(f"{what} {i + 1}/{len(items)}, {spent:.0f} s", file=sys.stderr, flush=True)
+        say(i + 1)
     return found
 
 

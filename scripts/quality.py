@@ -93,13 +93,13 @@ def measure(
     return [Quality(name, r, values, dense) for (name, r), values in losses.items()]
 
 
-def progress(count: int) -> Callable[[int], None]:
-    """Says on stderr how many of `count` windows are done, and after how long."""
+def progress(count: int, what: str = "window") -> Callable[[int], None]:
+    """Says on stderr how many of `count` windows, or others, are done, and after how long."""
     started = time.perf_counter()
 
     def say(done: int) -> None:
         spent = time.perf_counter() - started
-        print(f"window {done}/{count}, {spent:.0f} s", file=sys.stderr, flush=True)
+        print(f"{what} {done}/{count}, {spent:.0f} s", file=sys.stderr, flush=True)
 
     return say
 

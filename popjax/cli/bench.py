@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from popjax.cli import cache_options, depth_options, frontier_options, options, scout_options
+from popjax.cli.repeated import of_several, once
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
@@ -110,32 +110,25 @@ def bench(
     scoring = frontier_options.chosen(text, figure, windows, prefix, scored)
     for file, option in ((csv, "--csv"), (figure, "--figure")):
         frontier_options.check_writable(file, option)
-    _once(batch, "--batch")
-    _once(prompt_tokens, "--prompt-tokens")
+    once(batch, "--batch")
+    once(prompt_tokens, "--prompt-tokens")
     given = _given(prompt, prompt_file, prompt_tokens)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
     ids = loaded.encode(PASSAGE if given is None else given)[0]
     lengths = prompt_tokens or [256 if given is None else len(ids)]
-    if scoring is not None:
-        frontier_options.cut(loaded, scoring)  # refuses a text too short before anything is timed
+    # A text too short is refused before anything is timed.
+    windows_of_text = None if scoring is None else frontier_options.cut(loaded, scoring)
     points = [(rows, length) for length in lengths for rows in batch or [1]]
     results = _timed(loaded, cases, ids, points, new_tokens, rounds)
     found: dict[str, Any] = {
         "model": loaded.name,
         "points": [result.to_json() for result in results],
     }
-    if scoring is not None:
-        found["quality"] = frontier_options.measured(loaded, cases, results[0], scoring)
+    if scoring is not None and windows_of_text is not None:
+        asked = (results[0], scoring, windows_of_text)
+        found["quality"] = frontier_options.measured(loaded, cases, *asked)
     _publish(results, found, csv, json)
-
-
-def _once(values: Sequence[Any] | None, option: str) -> None:
-    """Wrong usage where a repeated option has the same value twice."""
-    held = list(values or ())
-    twice = next((value for i, value in enumerate(held) if value in held[:i]), None)
-    if twice is not None:
-        raise typer.BadParameter(f"{twice} is named twice: name it once", param_hint=option)
 
 
 def _pruning(
@@ -154,11 +147,10 @@ def _pruning(
         "statistics": statistics,
     }
     named = names or ["online-pruning"]
-    _once(names, "--method")
-    _once(ratios, "--ratio")
+    once(names, "--method")
+    once(ratios, "--ratio")
     found = {}
-    for name, own in zip(named, options.of_several(named, given), strict=True):
-        own = {key: own.get(key) for key in given}
+    for name, own in zip(named, of_several(named, given), strict=True):
         for ratio in ratios or [None]:
             label = name if len(ratios or []) < 2 else f"{name} {ratio:g}"
             found[label] = options.pruning_method(name, ratio, **own)

@@ -71,13 +71,16 @@ def evaluate(
     Every number is of one protocol, which is printed with it, and carries its standard error;
     differences are paired. Files need nothing but popjax; names need `popjax[eval]`.
     """
-    eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
-    shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
-    given["statistics"] = statistics
-    cases = evaluation_options.chosen_cases(method, given, eviction, shallow, dense)
-    scout_options.check_scout([case.method for case in cases], scout)
-    evaluation_options.check_protocol(protocol, cases)
+    cases = evaluation_options.asked_cases(
+        method,
+        {**given, "statistics": statistics},
+        cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window),
+        depth_options.chosen_depth(depth, skip, layer_scores),
+        dense=dense,
+        protocol=protocol,
+        scout=scout,
+    )
     names = [name for each in tasks for name in each.split(",") if name]
     if not names:
         raise typer.BadParameter("no task is named: give one", param_hint="--tasks")

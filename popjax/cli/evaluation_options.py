@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from popjax.cli import options
+from popjax.cli.repeated import of_several, once
+from popjax.cli.scout_options import check_scout
 from popjax.cli.terminal import stderr_console, stdout_console, write
 
 if TYPE_CHECKING:
@@ -116,10 +118,9 @@ def chosen_cases(
     from popjax.methods import Method, method_name
 
     named = [name for name in names or [] if name != DENSE]
-    if len(set(named)) < len(named):
-        raise typer.BadParameter("a method is named twice", param_hint="--method")
+    once(named, "--method")
     asked = any(value is not None for value in method_options.values())
-    each = options.of_several(named, method_options)
+    each = of_several(named, method_options)
     methods = [options.chosen_method(name, **own) for name, own in zip(named, each, strict=True)]
     if not methods and asked:
         methods = [options.chosen_method(None, **method_options)]
@@ -137,6 +138,23 @@ def chosen_cases(
             "nothing is left to score: give --method and --ratio, or leave out --no-dense",
             param_hint="--no-dense",
         )
+    return cases
+
+
+def asked_cases(
+    names: list[str] | None,
+    method_options: dict[str, Any],
+    kv: KvMethod | None,
+    depth: DepthMethod | None,
+    *,
+    dense: bool,
+    protocol: str,
+    scout: Path | None,
+) -> list[Case]:
+    """`chosen_cases` under a protocol, with the scout that they need, or wrong usage."""
+    cases = chosen_cases(names, method_options, kv, depth, dense)
+    check_scout([case.method for case in cases], scout)
+    check_protocol(protocol, cases)
     return cases
 
 
@@ -189,4 +207,4 @@ def _table(found: Evaluation) -> RenderableType:
     return Group(title, shown, *found.notes)
 
 
-__all__ = ["Bar", "check_protocol", "chosen_cases", "show"]
+__all__ = ["Bar", "asked_cases", "chosen_cases", "show"]

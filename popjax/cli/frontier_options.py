@@ -80,7 +80,11 @@ def cut(model: LanguageModel, asked: Scoring) -> tuple[list[list[int]], int]:
 
 
 def measured(
-    model: LanguageModel, cases: dict[str, Case], result: BenchResult, asked: Scoring
+    model: LanguageModel,
+    cases: dict[str, Case],
+    result: BenchResult,
+    asked: Scoring,
+    windows_of_text: tuple[list[list[int]], int],
 ) -> dict[str, Any]:
     """Loss above dense of every case beside its bytes and time, drawn where that was asked for."""
     from popjax import frontier
@@ -88,7 +92,7 @@ def measured(
     from popjax.evaluation.paired import paired_losses
     from popjax.evaluation.protocols import Case
 
-    windows, count = cut(model, asked)
+    windows, count = windows_of_text
     with Status() as status:
         status.say("Measuring losses")
         losses = paired_losses(

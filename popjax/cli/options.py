@@ -246,9 +246,9 @@ def blamed(message: str, given: dict[str, Any], otherwise: str, prefix: str = "-
 def pruning_method(
     name: str | None,
     ratio: float | None,
-    model_ratio: float | None,
-    gamma: float | None,
-    prefill: str | None,
+    model_ratio: float | None = None,
+    gamma: float | None = None,
+    prefill: str | None = None,
     statistics: Path | None = None,
 ) -> Method:
     """As `chosen_method`, for commands about pruning: half of the channels where none is said."""
@@ -266,24 +266,6 @@ def pruning_method(
         prefill=prefill,
         statistics=statistics,
     )
-
-
-def of_several(names: list[str], given: dict[str, Any]) -> list[dict[str, Any]]:
-    """The options of each of several methods: those that it has, a lone one all that were given.
-
-    Wrong usage for an option that none of them has.
-    """
-    from popjax.methods import METHODS, takes
-
-    if len(names) < 2 or any(name not in METHODS for name in names):
-        return [given for _ in names]
-    for option, value in given.items():
-        if value is not None and not any(takes(name, option) for name in names):
-            raise typer.BadParameter(
-                f"none of {', '.join(names)} has that option",
-                param_hint=f"--{option.replace('_', '-')}",
-            )
-    return [{k: v for k, v in given.items() if takes(name, k)} for name in names]
 
 
 def chosen_sampling(**values: Any) -> dict[str, Any]:

@@ -55,13 +55,16 @@ def perplexity(
 
     split scores what is decoded after a prefix; single-pass rolls over the text as lm-eval does.
     """
-    eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
-    shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
-    given["statistics"] = statistics
-    cases = evaluation_options.chosen_cases(method, given, eviction, shallow, dense)
-    scout_options.check_scout([case.method for case in cases], scout)
-    evaluation_options.check_protocol(protocol, cases)
+    cases = evaluation_options.asked_cases(
+        method,
+        {**given, "statistics": statistics},
+        cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window),
+        depth_options.chosen_depth(depth, skip, layer_scores),
+        dense=dense,
+        protocol=protocol,
+        scout=scout,
+    )
     words = options.read_text(text, "--text")
     if not words.strip():
         raise ValueError(f"{text} is empty: give a text with something to score")

@@ -1,7 +1,7 @@
 """Quality on windows of a text, paired: every method scores a window before the next one begins.
 
 A window's prefix is prefilled and decides; what follows is decoded teacher-forced under each method
-(`continuation.py`, the split protocol). Windows differ far more than methods do, so what a method
+(`scoring.py`, the split protocol). Windows differ far more than methods do, so what a method
 costs is the mean of its differences to dense. Leaves out text files and printing.
 """
 
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from popjax.bench import Weights
-from popjax.continuation import continuation_logprobs
+from popjax.evaluation.encoding import Pair
 from popjax.evaluation.protocols import DENSE, Case
-from popjax.evaluation.statistics import standard_error
+from popjax.evaluation.scoring import Scorer
+from popjax.evaluation.statistics import Mean, paired, standard_error
 from popjax.evaluation.windows import cut_windows
 
 
@@ -39,8 +40,9 @@ class Quality:
         return standard_error(self.windows)
 
     @property
-    def differences(self) -> tuple[float, ...]:
-        return tuple(a - b for a, b in zip(self.windows, self.dense, strict=True))
+    def difference(self) -> Mean:
+        """From dense, paired by window."""
+        return paired(self.windows, self.dense)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: every window, means, standard errors, the paired difference."""
@@ -48,8 +50,8 @@ class Quality:
             **dataclasses.asdict(self),
             "mean": self.mean,
             "standard_error": self.standard_error,
-            "difference": float(np.mean(self.differences)),
-            "difference_standard_error": standard_error(self.differences),
+            "difference": self.difference.mean,
+            "difference_standard_error": self.difference.standard_error,
         }
 
     def row(self) -> str:
@@ -58,8 +60,7 @@ class Quality:
         line = f"{self.mean:.3f} ± {self.standard_error:.3f} | {math.exp(self.mean):.2f}"
         if self.method == DENSE:
             return f"| {name} | 0 | {line} | |"
-        difference, error = np.mean(self.differences), standard_error(self.differences)
-        return f"| {name} | {line} | {difference:+.3f} ± {error:.3f} |"
+        return f"| {name} | {line} | {self.difference.words(sign=True)} |"
 
 
 def text_windows(model: Any, text: str, count: int, length: int) -> tuple[list[list[int]], int]:
@@ -80,25 +81,16 @@ def paired_losses(
     `on_window` is told the number of finished windows. Raises ValueError for what the model cannot
     serve, and for a loss that is not finite.
     """
+    scorers = {
+        name: Scorer(model.params, model.config, dataclasses.replace(case, name=str(name)))
+        for name, case in cases.items()
+    }
     found: dict[Any, list[float]] = {name: [] for name in cases}
     for done, window in enumerate(windows, 1):
-        for name, case in cases.items():
-            logprobs = continuation_logprobs(
-                model.params,
-                model.config,
-                case.method,
-                window[:prefix],
-                window[prefix:],
-                eviction=case.eviction,
-                depth=case.depth,
-            )
-            loss = -float(np.mean(logprobs, dtype=np.float64))
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the log-perplexity of window {done} under {name} is {loss}: check the "
-                    "weights for NaN (--check-tensors)"
-                )
-            found[name].append(loss)
+        pair = Pair(tuple(window[:prefix]), tuple(window[prefix:]))
+        for name, scorer in scorers.items():
+            ((_, score),) = scorer.scores([pair])
+            found[name].append(-score.logprob / score.tokens)
         if on_window is not None:
             on_window(done)
     return {name: tuple(values) for name, values in found.items()}

@@ -7,6 +7,7 @@ live in that folder's own conftest.
 """
 
 import gc
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,13 @@ os.environ.update(
     NO_COLOR="1",
     TERM="dumb",
 )
+
+# Tiny programs take longer to compile than to run: two thirds of the suite's time with XLA's own
+# settings. Those of the caller's environment win: `XLA_FLAGS= pytest` compiles as users do.
+_QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jax").startswith("0.10."):  # later ones have no such flag
+    _QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _QUICK_TO_COMPILE)
 
 # deadline: the first example of a property compiles, so its time says nothing.
 # derandomize, database: a run depends on the checkout alone.

@@ -1,5 +1,7 @@
 """Products of groups of vectors with a matrix each: rows sorted by group, w [E, F, D].
 
+Where a TPU keeps the rows of w as whole tiles it is [E, F, D/128, 128], here and below.
+
     expand: h = x w[e]^T (rows of w[e] as outputs)        contract: y = h w[e] (rows summed)
 
 Group e are the next `sizes[e]` vectors; what follows the last group gives zeros. Many vectors on a
@@ -82,7 +84,7 @@ def _backward(operation: str, saved: Any, gradients: list[jax.Array]) -> tuple[A
     # Rows of w are channels: outputs of expand, inputs of contract.
     sides = [(g, x) if operation == "expand" else (x, g) for g in inside]
     by_w = [blocked.outer(rows, columns, sizes) for rows, columns in sides]
-    return by_x, by_w, None
+    return by_x, [each.reshape(w.shape) for each, w in zip(by_w, weights, strict=True)], None
 
 
 _grouped.defvjp(_forward, _backward)
@@ -94,7 +96,7 @@ def _ragged(operation: str, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[0],
     )
-    return jax.lax.ragged_dot_general(x, w, sizes, numbers)
+    return jax.lax.ragged_dot_general(x, w.reshape(*w.shape[:2], -1), sizes, numbers)
 
 
 __all__ = ["contract", "expand", "reference"]

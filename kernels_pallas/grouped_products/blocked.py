@@ -8,6 +8,7 @@ over. Leaves zeroing what lies beyond the groups to the caller.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,12 +48,16 @@ def block_size(vectors: int, groups: int) -> int:
 def products(
     operation: str, x: jax.Array, weights: Sequence[jax.Array], sizes: jax.Array
 ) -> list[jax.Array]:
-    """The products [M, ...] of x [M, ...] with each of several w [E, F, D], of equal shapes."""
-    M = x.shape[0]
+    """The products [M, ...] of x [M, ...] with each of several w [E, F, D], of equal shapes.
+
+    They may be kept as tiles, [E, F, D/128, 128]: a matrix is put together when it is its turn, for
+    a TPU would copy those of all groups ahead of the loop.
+    """
+    M, (_, F, *row) = x.shape[0], weights[0].shape
     blocks = _Blocks(M, sizes)
     step = blocks.step
     padded = jnp.pad(x, ((0, step), (0, 0)))
-    width = weights[0].shape[1 if operation == "expand" else 2]
+    width = F if operation == "expand" else math.prod(row)
 
     def one(state: tuple) -> tuple:
         block, outputs = state
@@ -60,7 +65,7 @@ def products(
         vectors = jax.lax.dynamic_slice_in_dim(padded, start, step)
         written = []
         for w, y in zip(weights, outputs, strict=True):
-            matrix = jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
+            matrix = jax.lax.dynamic_index_in_dim(w, group, keepdims=False).reshape(F, -1)
             product = _product(operation, vectors, matrix)
             written.append(jax.lax.dynamic_update_slice_in_dim(y, product, start, 0))
         return block + 1, written

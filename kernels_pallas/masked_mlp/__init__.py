@@ -25,7 +25,13 @@ from kernels_pallas.masked_mlp.reference import (
     project_gathered,
 )
 from kernels_pallas.masked_mlp.scouted import foretell
-from kernels_pallas.masked_mlp.selection import POINTS, Selection, choose, select_top
+from kernels_pallas.masked_mlp.selection import (
+    POINTS,
+    Selection,
+    choose,
+    choose_tried,
+    select_top,
+)
 from kernels_pallas.masked_mlp.tpu import TpuAccess
 from kernels_pallas.native.cost import prefers_native
 from kernels_pallas.row_products import contract, expand
@@ -134,8 +140,12 @@ def _by_xla(
         a = ACTIVATIONS[activation](expand(x, gate))
         mask = choose(a, selection) if given is None else given
         if gathered:
-            return gated_gathered(a, x, up, down, mask, _active(selection, mask)), mask
-        h = a * expand(x, up)
+            more = 0 if given is not None else selection.first - selection.k_selected
+            h = gated_gathered(a, x, up, mask, _active(selection, mask) + more)
+        else:
+            h = a * expand(x, up)
+        if given is None and selection.tried is not None:
+            mask = choose_tried(h, mask, selection)
     else:
         h = gated_channels(x, gate, up, activation)
         mask = choose(h, selection) if given is None and selection is not None else given

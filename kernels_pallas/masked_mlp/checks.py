@@ -101,7 +101,14 @@ def check_selection(selection: Selection, E: int) -> None:
             f"a selection with exact = {exact} is of all E = {E} channels, for each token, and "
             f"at most its k = {k}: got C = {C}, shared = {selection.shared}"
         )
-    for name in ("candidate", "weight", "threshold"):
+    tried = selection.tried
+    ranked = selection.point == "gate" and selection.threshold is None
+    if tried is not None and not (ranked and k <= tried <= C):
+        raise ValueError(
+            f"a selection that tries {tried} chooses by rank of the gate, and tries at least its "
+            f"k = {k} and at most its C = {C} candidates: got the point {selection.point!r}"
+        )
+    for name in ("candidate", "weight", "threshold", "expected"):
         array = getattr(selection, name)
         if array is not None and array.shape != (C,):
             raise ValueError(

@@ -3,59 +3,25 @@
 //   h = act(x gate^T) * (x up^T)      y = (h * mask) down      mask: R always, of C the chosen
 //
 // What is chosen from decides what is read. From the product: gate and up of all rows, down of the
-// chosen. From the gate alone: gate of all, up and down of the chosen. Given, or from a scout,
-// copies of gate and up in few bits: the chosen of all three. What no vector uses is not read.
+// chosen. From the gate alone: gate of all, up of the chosen, and down of these or of the best of
+// them. Given, or from a scout, copies of gate and up in few bits: the chosen of all three. What no
+// vector uses is not read.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
-#include "native/activation.h"
 #include "native/buffers.h"
+#include "native/choosing.h"
+#include "native/rounded.h"
 #include "native/rows.h"
-#include "native/select.h"
 #include "native/sums.h"
 #include "native/team.h"
 
 namespace popjax {
 namespace {
-
-// In the order of masked_mlp/native.py.
-enum class Point : int32_t { kAll, kProduct, kGate, kGiven, kScout };
-
-struct Call {
-  int64_t vectors, channels, width;  // N, F, D
-  Activation activation;
-  Point point;
-  bool shared;  // one mask for all vectors
-  int64_t keep;
-  int64_t exact;  // of the chosen by a scout, so many from the weights; all where negative
-  std::vector<int64_t> candidates;
-  const float* weight;     // [C] or null
-  const float* threshold;  // [C] or null: chosen by score > threshold instead of by rank
-  uint8_t* mask;           // [1 or N, F], a result
-
-  int64_t mask_rows() const { return shared ? 1 : vectors; }
-  const uint8_t* mask_of(int64_t v) const { return mask + (shared ? 0 : v) * channels; }
-  bool used(int64_t channel) const {
-    for (int64_t m = 0; m < mask_rows(); ++m) {
-      if (mask[m * channels + channel]) return true;
-    }
-    return false;
-  }
-};
-
-// Channels first .. end - 1 that some vector uses.
-std::vector<int64_t> used_rows(const Call& call, int64_t first, int64_t end) {
-  std::vector<int64_t> rows;
-  rows.reserve(end - first);
-  for (int64_t i = first; i < end; ++i) {
-    if (call.used(i)) rows.push_back(i);
-  }
-  return rows;
-}
 
 // Runs body(first, end) over pieces of the channels that suit independent rows.
 template <typename Body>
@@ -73,7 +39,7 @@ std::vector<float> dots(const W& w, const std::vector<int64_t>& rows, const floa
   return out;
 }
 
-// h [F, N] = act(gate) * up of the rows in use, or with gate_only the activated gate alone.
+// h [F, N] = act(gate) * up where a channel is in use, or with gate_only the activated gate alone.
 template <typename W>
 void evaluate(const Call& call, const W& gate, const W& up, const float* x, bool gate_only,
               float* h, Team& team) {
@@ -84,6 +50,7 @@ void evaluate(const Call& call, const W& gate, const W& up, const float* x, bool
     const auto u = gate_only ? std::vector<float>() : dots(up, rows, x, n);
     for (size_t i = 0; i < rows.size(); ++i) {
       for (int64_t v = 0; v < n; ++v) {
+        if (!call.mask_of(v)[rows[i]]) continue;
         const float a = activated(g[i * n + v], call.activation);
         h[rows[i] * n + v] = gate_only ? a : a * u[i * n + v];
       }
@@ -101,36 +68,6 @@ void multiply_up(const Call& call, const U& up, const float* x, float* h, Team& 
     for (size_t i = 0; i < rows.size(); ++i) {
       for (int64_t v = 0; v < n; ++v) h[rows[i] * n + v] *= u[i * n + v];
     }
-  });
-}
-
-// Scores |h| weight of the candidates for one mask row; a shared one takes the norm over vectors.
-void score(const Call& call, const float* h, int64_t row, std::vector<float>& scores) {
-  const int64_t n = call.vectors;
-  for (size_t c = 0; c < scores.size(); ++c) {
-    const float* values = h + call.candidates[c] * n;
-    float size = std::fabs(values[row]);
-    if (call.shared) {
-      float squares = 0;
-      for (int64_t v = 0; v < n; ++v) squares += values[v] * values[v];
-      size = std::sqrt(squares);
-    }
-    scores[c] = call.weight != nullptr ? size * call.weight[c] : size;
-  }
-}
-
-void choose(const Call& call, const float* h, Team& team) {
-  team.run(call.mask_rows(), [&](int64_t row) {
-    std::vector<float> scores(call.candidates.size());
-    score(call, h, row, scores);
-    std::vector<uint8_t> chosen(scores.size());
-    if (call.threshold != nullptr) {
-      for (size_t c = 0; c < scores.size(); ++c) chosen[c] = scores[c] > call.threshold[c];
-    } else {
-      select_top(scores.data(), static_cast<int64_t>(scores.size()), call.keep, chosen.data());
-    }
-    uint8_t* mask = call.mask + row * call.channels;
-    for (size_t c = 0; c < scores.size(); ++c) mask[call.candidates[c]] = chosen[c];
   });
 }
 
@@ -152,57 +89,46 @@ void project(const Call& call, const W& down, const float* h, float* y, Team& te
   partial.add_up(y, team);
 }
 
-// Of the channels that are on for a vector, the `exact` best by what a scout foretold in h.
-void best(const Call& call, const float* h, uint8_t* mask, Team& team) {
-  team.run(call.mask_rows(), [&](int64_t row) {
-    std::vector<float> every(call.candidates.size()), scores;
-    score(call, h, row, every);
-    std::vector<int64_t> on;
-    for (size_t c = 0; c < every.size(); ++c) {
-      if (!call.mask[row * call.channels + call.candidates[c]]) continue;
-      on.push_back(call.candidates[c]);
-      scores.push_back(every[c]);
-    }
-    const auto size = static_cast<int64_t>(on.size());
-    std::vector<uint8_t> chosen(size);
-    select_top(scores.data(), size, std::min(call.exact, size), chosen.data());
-    for (size_t i = 0; i < on.size(); ++i) mask[row * call.channels + on[i]] = chosen[i];
-  });
-}
-
 // h of a scout, replaced by that of the weights where it is best.
 template <typename W>
-void refine(const Call& call, const W& gate, const W& up, const float* x, float* h, Team& team) {
+void refine(const Call& call, const W& gate, const W& up, const float* x,
+            const std::vector<float>& scores, float* h, Team& team) {
   std::vector<uint8_t> mask(call.mask_rows() * call.channels);
-  best(call, h, mask.data(), team);
+  best(call, scores, mask.data(), team);
   Call inner = call;
   inner.mask = mask.data();
-  std::vector<float> exact(call.channels * call.vectors);
-  evaluate(inner, gate, up, x, false, exact.data(), team);
-  for (int64_t at = 0; at < call.channels * call.vectors; ++at) {
-    if (inner.mask_of(at % call.vectors)[at / call.vectors]) h[at] = exact[at];
-  }
+  evaluate(inner, gate, up, x, false, h, team);
 }
 
 // With `foretold`, h [F, N] is there already, a scout's.
 template <typename W>
 void mlp(const Call& call, const W& gate, const W& up, const W& down, const float* x, float* h,
          bool foretold, float* y, Team& team) {
-  if (call.point == Point::kScout) choose(call, h, team);
+  std::vector<float> scores;
+  if (foretold) scores = scored(call, h, team);
+  if (call.point == Point::kScout) choose(call, scores, team);
   if (foretold && call.exact >= 0) {
-    refine(call, gate, up, x, h, team);
+    refine(call, gate, up, x, scores, h, team);
   } else {
     evaluate(call, gate, up, x, call.point == Point::kGate, h, team);
   }
-  if (call.point == Point::kProduct || call.point == Point::kGate) choose(call, h, team);
-  if (call.point == Point::kGate) multiply_up(call, up, x, h, team);
+  if (call.point == Point::kProduct || call.point == Point::kGate) {
+    choose(call, scored(call, h, team), team);
+  }
+  if (call.point == Point::kGate) {
+    multiply_up(call, up, x, h, team);
+    Call late = call;
+    late.expected = nullptr;
+    if (call.exact >= 0) best(late, scored(late, h, team), late.mask, team);
+  }
   project(call, down, h, y, team);
 }
 
 ffi::Error read_call(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
                      const ffi::AnyBuffer& candidate, const ffi::AnyBuffer& weight,
-                     const ffi::AnyBuffer& threshold, const ffi::AnyBuffer& given, int32_t point,
-                     int32_t activation, int64_t keep, ffi::AnyBuffer& mask, Call& call) {
+                     const ffi::AnyBuffer& threshold, const ffi::AnyBuffer& given,
+                     const ffi::AnyBuffer& expected, int32_t point, int32_t activation,
+                     int64_t keep, ffi::AnyBuffer& mask, Call& call) {
   call.vectors = dim(x, 0), call.width = dim(x, 1), call.channels = dim(gate, 0);
   call.activation = static_cast<Activation>(activation);
   call.point = static_cast<Point>(point);
@@ -220,10 +146,11 @@ ffi::Error read_call(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
     }
     if (seen[c]++) return invalid("candidate " + std::to_string(c) + " is named twice");
   }
-  for (const auto* each : {&weight, &threshold}) {
+  for (const auto* each : {&weight, &threshold, &expected}) {
     const int64_t count = each->element_count();
     if (each->element_type() != ffi::F32 || (count != 0 && count != size)) {
-      return invalid("give each candidate a float32 weight or threshold, or none of them");
+      return invalid(
+          "give each candidate a float32 weight, threshold or expected up, or none of them");
     }
   }
   const auto optional = [](const ffi::AnyBuffer& b) {
@@ -231,6 +158,7 @@ ffi::Error read_call(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
   };
   call.weight = optional(weight);
   call.threshold = optional(threshold);
+  call.expected = optional(expected);
   const int64_t cells = call.mask_rows() * call.channels;
   if (call.point == Point::kGiven) {
     if (given.element_type() != ffi::PRED || static_cast<int64_t>(given.element_count()) != cells) {
@@ -260,7 +188,13 @@ ffi::Error foretell(const Call& call, const ffi::AnyBuffer* values, const ffi::A
     auto up = gate;
     up.data = static_cast<decltype(up.data)>(values[1].untyped_data());
     set_scales(up, scales[1]);
-    evaluate(call, gate, up, x, false, h, team);
+    if constexpr (std::is_same_v<decltype(gate), Int4Rows>) {
+      const RoundedVectors rounded(x, call.vectors, call.width);
+      evaluate(call, RoundedInt4Rows{gate, &rounded}, RoundedInt4Rows{up, &rounded}, x, false, h,
+               team);
+    } else {
+      evaluate(call, gate, up, x, false, h, team);
+    }
     return ffi::Error::Success();
   });
 }
@@ -270,9 +204,9 @@ ffi::Error masked_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gat
                       ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> mask,
                       int32_t point, int32_t activation, int64_t keep, int64_t exact) {
   // candidate [C], weight [C], threshold [C], given [M, F], then the scales of gate, up and down,
-  // gate and up of a scout, and their scales.
+  // gate and up of a scout, and their scales, then expected [C].
   std::vector<ffi::AnyBuffer> rest;
-  for (size_t i = 0; i < 11; ++i) {
+  for (size_t i = 0; i < 12; ++i) {
     auto buffer = more.get<ffi::AnyBuffer>(i);
     if (buffer.has_error()) return buffer.error();
     rest.push_back(*buffer);
@@ -283,8 +217,8 @@ ffi::Error masked_mlp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer gat
     return invalid("gate, up and down need one shape, one dtype and one group size");
   }
   Call call;
-  if (auto error = read_call(x, gate, rest[0], rest[1], rest[2], rest[3], point, activation, keep,
-                             *mask, call);
+  if (auto error = read_call(x, gate, rest[0], rest[1], rest[2], rest[3], rest[11], point,
+                             activation, keep, *mask, call);
       error.failure()) {
     return error;
   }

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp.reference import ACTIVATIONS
 from kernels_pallas.masked_mlp.scouted import Foretold
-from kernels_pallas.masked_mlp.selection import Selection, choose
+from kernels_pallas.masked_mlp.selection import Selection, choose, choose_tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def masked_mlp(
 
     def chosen(a: jax.Array, by: Selection) -> tuple[jax.Array, Units]:
         mask = choose(a.reshape(B, T, layer.evaluated), by)
-        return mask, layer.used(mask, by, down)
+        return mask, layer.used(mask, dataclasses.replace(by, k_selected=by.first), down)
 
     every = layer.every(up)
     if given is None and selection is None:
@@ -98,6 +98,11 @@ def masked_mlp(
         mask, used = chosen(a, selection)
         h = layer.at(a, used)
         h = h * layer.expand(flat, (up,), used)[0] if by_gate else h
+        if selection.tried is not None:
+            h = layer.back(h, used)
+            mask = choose_tried(h.reshape(B, T, layer.evaluated), mask, selection)
+            used = layer.used(mask, selection, down)
+            h = layer.at(h, used)
     on = jnp.broadcast_to(mask, (B, T, layer.evaluated)).reshape(B * T, layer.evaluated)
     y = layer.contract(jnp.where(layer.at(on, used), h, 0.0), down, used)
     return y.astype(x.dtype).reshape(x.shape), mask
@@ -162,6 +167,14 @@ class _Layer:
         """values [N, E] of the channels of the listed units [N, capacity x size]."""
         listed = self._split(values, units.size)[:, units.numbers]
         return listed.reshape(values.shape[0], listed.shape[1] * units.size)
+
+    def back(self, values: jax.Array, units: Units) -> jax.Array:
+        """Inverse of `at`: values [N, E], zeros where no unit is listed."""
+        count = -(-self.evaluated // units.size)
+        listed = values.reshape(values.shape[0], units.numbers.shape[0], units.size)
+        every = jnp.zeros((values.shape[0], count, units.size), values.dtype)
+        every = every.at[:, units.numbers].set(listed)
+        return every.reshape(values.shape[0], count * units.size)[:, : self.evaluated]
 
     def expand(self, x: jax.Array, weights: Sequence, units: Units) -> list[jax.Array]:
         return self.access.expand(x, weights, self._placed(units))

@@ -52,6 +52,8 @@ def masked_mlp(
     refined = scout is not None and selection is not None and selection.exact is not None
     scouted = point == "scout" or (refined and point == "given")
     used = selection if selection is not None and (given is None or scouted) else Selection()
+    # How many a second choice takes of those that the first one took.
+    late = used.exact if scouted else None if used.tried is None else used.k_selected
     empty = jnp.zeros((0,), jnp.float32)
     matrices, scales = zip(*map(stored, (gate, up, down)), strict=True)
     copies = scout if scouted and scout is not None else (empty, empty)
@@ -68,10 +70,11 @@ def masked_mlp(
         *scales,
         *values,
         *steps,
+        empty if used.expected is None else used.expected,
         point=np.int32(_POINTS.index(point)),
         activation=np.int32(ACTIVATIONS.index(activation)),
-        keep=np.int64(used.k_selected),
-        exact=np.int64(-1 if used.exact is None or not scouted else used.exact),
+        keep=np.int64(used.first),
+        exact=np.int64(-1 if late is None else late),
     )
     if point == "all":
         return y.reshape(x.shape), None

@@ -68,15 +68,15 @@ def project_gathered(h: jax.Array, down: jax.Array, mask: jax.Array, count: int)
 
 
 def gated_gathered(
-    a: jax.Array, x: jax.Array, up: jax.Array, down: jax.Array, mask: jax.Array, count: int
+    a: jax.Array, x: jax.Array, up: jax.Array, mask: jax.Array, count: int
 ) -> jax.Array:
-    """y [B, T, D] of activated gates a [B, T, F], reading only the chosen rows of up and of down.
+    """h [B, T, F] of activated gates a [B, T, F], zero where not chosen, reading only those of up.
 
-    x [B, T, D]; the rest as of `project_gathered`.
+    x [B, T, D]; mask [B or 1, T, F] with exactly `count` on in every step.
     """
     rows = _chosen_rows(mask, a.shape, count)
-    u = _products(x, up, rows)
-    return _summed(jnp.take_along_axis(a, rows, axis=-1) * u, down, rows, a.dtype)
+    h = jnp.take_along_axis(a, rows, axis=-1) * _products(x, up, rows)
+    return jnp.put_along_axis(jnp.zeros_like(a), rows, h, axis=-1, inplace=False)
 
 
 def given_gathered(

@@ -39,7 +39,7 @@ class BuildError(RuntimeError):
 
 def sources() -> list[Path]:
     """The translation units: `cpu.cc` of every operation, and the inner loops they share."""
-    return [ROOT / "native" / "rows.cc", *sorted(ROOT.glob("*/cpu.cc"))]
+    return [*sorted((ROOT / "native").glob("*.cc")), *sorted(ROOT.glob("*/cpu.cc"))]
 
 
 def library_name(jaxlib_version: str) -> str:

@@ -8,7 +8,8 @@
 
 namespace popjax {
 
-enum class Isa { kPlain, kAvx2, kAvx512 };
+// kVnni is kAvx512 with products of small integers, which few kernels need.
+enum class Isa { kPlain, kAvx2, kAvx512, kVnni };
 
 inline Isa best_isa() {
 #if defined(__x86_64__)
@@ -17,7 +18,8 @@ inline Isa best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPlain;
+  if (avx512) return __builtin_cpu_supports("avx512vnni") ? Isa::kVnni : Isa::kAvx512;
+  return avx2 ? Isa::kAvx2 : Isa::kPlain;
 #else
   return Isa::kPlain;
 #endif
@@ -28,9 +30,10 @@ inline Isa chosen_isa() {
   const Isa best = best_isa();
   const char* asked = std::getenv("POPJAX_ISA");
   if (asked == nullptr) return best;
-  const Isa isa = std::strcmp(asked, "plain") == 0  ? Isa::kPlain
-                  : std::strcmp(asked, "avx2") == 0 ? Isa::kAvx2
-                                                    : best;
+  const Isa isa = std::strcmp(asked, "plain") == 0    ? Isa::kPlain
+                  : std::strcmp(asked, "avx2") == 0   ? Isa::kAvx2
+                  : std::strcmp(asked, "avx512") == 0 ? Isa::kAvx512
+                                                      : best;
   return isa < best ? isa : best;
 }
 
@@ -60,7 +63,7 @@ __attribute__((target("avx2,fma"))) void run_avx2(const F& body) {
 template <typename F>
 void versioned(const F& body) {
 #if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) return run_avx512(body);
+  if (isa() >= Isa::kAvx512) return run_avx512(body);
   if (isa() == Isa::kAvx2) return run_avx2(body);
 #endif
   body(Floats<4>());

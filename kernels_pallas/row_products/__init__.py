@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.native.cost import prefers_native
 from kernels_pallas.row_products import native, reference, xla
-from kernels_pallas.row_products.quantized import QuantizedRows, dequantized, quantized
+from kernels_pallas.row_products.quantized import QuantizedRows, dequantized, quantized, rounded
 
 IMPLEMENTATIONS = ("xla", "native", "auto")
 
@@ -100,4 +100,5 @@ __all__ = [
     "expand_many",
     "expand_rows",
     "quantized",
+    "rounded",
 ]

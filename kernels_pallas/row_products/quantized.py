@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 _LEAST_GROUP = 32  # what the kernels read at once
+_LEAST = 1e-30  # numbers of vectors below it are zeros to `rounded`
 
 
 @struct.dataclass
@@ -74,6 +75,23 @@ def dequantized(w: QuantizedRows) -> jax.Array:
     rows, groups = w.scales.shape
     grouped = values.astype(jnp.float32).reshape(rows, groups, -1)
     return (grouped * w.scales[:, :, None]).reshape(w.shape)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """Vectors x [..., D], every 32 numbers rounded to 127 steps of their largest; as float32.
+
+    What four-bit rows are multiplied with where integers do it: ties go to the even step. Raises
+    ValueError where 32 does not divide D.
+    """
+    if x.shape[-1] % _LEAST_GROUP:
+        raise ValueError(
+            f"vectors of {x.shape[-1]} are not rounded: give a multiple of {_LEAST_GROUP}"
+        )
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, _LEAST_GROUP)
+    most = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+    # One operation at a time, none of which a compiler may write otherwise.
+    steps = jnp.where(most < _LEAST, 0.0, 127.0 / jnp.maximum(most, _LEAST))
+    return (jnp.round(blocks * steps) * (most * (1 / 127))).reshape(x.shape)
 
 
 def _packed(values: jax.Array) -> jax.Array:

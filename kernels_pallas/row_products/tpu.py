@@ -47,8 +47,8 @@ def tile_rows(dtype: Any) -> int:
 
 
 def tiled(w: jax.Array) -> jax.Array:
-    """w [F, D] as [F, D/128, 128], the form whose rows are fetched one by one."""
-    return w.reshape(w.shape[0], -1, LANES)
+    """w [..., D] as [..., D/128, 128], the form whose rows are fetched one by one."""
+    return w.reshape(*w.shape[:-1], -1, LANES)
 
 
 def expand(

@@ -7,6 +7,7 @@ of our own, `save_bundle` for what belongs to a model but is none. Every unusabl
 """
 
 from checkpoints import store
+from checkpoints.atomic import refuse_existing
 from checkpoints.bundle import load_bundle, save_bundle
 from checkpoints.digest import sha256
 from checkpoints.engine import Row, convert, nested
@@ -38,6 +39,7 @@ __all__ = [
     "open_folder",
     "open_gguf",
     "read_json_object",
+    "refuse_existing",
     "save_bundle",
     "save_safetensors",
     "sha256",

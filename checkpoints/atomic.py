@@ -29,9 +29,19 @@ def new_file(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _unusable(target: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{str(target)[:80]} cannot be made ({error.strerror}): choose another place"
+    )
+
+
 def refuse_existing(target: Path) -> None:
-    """`CheckpointError` if `target` is a file or a folder that holds something."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    """`CheckpointError` if `target` is a file or a folder that holds something, or is no name."""
+    try:
+        taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:  # too long a name, or a folder that is closed
+        raise _unusable(target, error) from error
+    if taken:
         raise CheckpointError(
             f"{target} exists and is not an empty folder: choose another place or remove it first"
         )
@@ -41,12 +51,14 @@ def refuse_existing(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; on success it becomes `target`, on any exception it goes.
 
-    `CheckpointError` if `target` is a file or a folder that holds something.
+    `CheckpointError` if `target` is a file or a folder that holds something, or cannot be made.
     """
     refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_beside(target)
-    temporary.mkdir()
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise _unusable(target, error) from error
     try:
         yield temporary
         if target.exists():

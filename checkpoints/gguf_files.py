@@ -255,6 +255,9 @@ def _tensor_info(cursor: _Cursor, name: str) -> tuple[TensorInfo, int, int]:
     if rank > MAX_RANK:
         raise CheckpointError(f"{where} has rank {rank}; the limit is {MAX_RANK}")
     shape = tuple(cursor.integer(8) for _ in range(rank))[::-1]
+    if rank == 2 and shape[0] == 1:
+        # ggml knows no ranks, and writers differ in whether they write the ones of a vector.
+        shape = shape[1:]
     code, offset = cursor.integer(4), cursor.integer(8)
     gguf = _gguf()
     try:

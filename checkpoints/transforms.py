@@ -50,6 +50,12 @@ def _transpose_shape(target: Shape) -> Shape:
     return target[::-1]
 
 
+def _transpose_each_shape(target: Shape) -> Shape:
+    """EMD -> [E, D, M]."""
+    _need(target, (3,), "transpose_each")
+    return (target[0], target[2], target[1])
+
+
 def _transpose_split_shape(target: Shape) -> Shape:
     """NHD -> [D, N*H]."""
     _need(target, (3,), "transpose_split")
@@ -86,6 +92,9 @@ TRANSFORMS: Mapping[str, Transform] = MappingProxyType(
         "row": Transform(lambda target: (1, *target), lambda a, target: a[0], lambda a: a[None]),
         "split": Transform(_split_shape, lambda a, target: a.reshape(target), _split_inverse),
         "transpose": Transform(_transpose_shape, lambda a, target: a.T, lambda a: a.T),
+        "transpose_each": Transform(
+            _transpose_each_shape, lambda a, target: a.swapaxes(1, 2), lambda a: a.swapaxes(1, 2)
+        ),
         "transpose_split": Transform(
             _transpose_split_shape,
             lambda a, target: a.T.reshape(target),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from kernels_pallas.row_products.tpu import tiled
 from popjax import cache as kv
 from popjax import generate, sharding
 from popjax.config import ModelConfig
@@ -31,6 +32,7 @@ from popjax.sparsity import (
     unrouted,
     with_unrouted,
 )
+from popjax.tiles import has_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,18 @@ class Place:
             return sharding.abstract_params(config, self.mesh, dtype)
         alone = sharding.mesh_over(config, self.chips)
         return self.abstract(sharding.abstract_params(config, alone, dtype), "")
+
+    def as_loaded(self, params: Params) -> Params:
+        """The parameters with experts as a TPU keeps them; rows of other FFNs are packed anyway."""
+
+        def leaf(path: Any, shape: Any) -> Any:
+            path = sharding.joined(path)
+            if "/moe/" not in path or not has_tiles(path, shape):
+                return shape
+            form = jax.eval_shape(tiled, shape)
+            return jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=shape.sharding)
+
+        return jax.tree_util.tree_map_with_path(leaf, params)
 
     def cache(self, config: ModelConfig, rows: int, slots: int, dtype: Any) -> kv.Cache:
         """An empty cache."""

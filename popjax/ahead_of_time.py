@@ -21,14 +21,17 @@ import jax.numpy as jnp
 from kernels_pallas.masked_mlp import pallas_obstacle
 from popjax.abstract_run import Place, decode_arguments, outputs_of, packed
 from popjax.buckets import bucket
-from popjax.config import ModelConfig
+from popjax.config import LayerConfig, ModelConfig
+from popjax.expert_partition import ExpertPartition
 from popjax.generate import Options, Programs
 from popjax.methods import Method, Scout, check_evaluated, method_name
 from popjax.methods.scout import scouts_for
+from popjax.nn.expert_rows import listing
 from popjax.nn.transformer import Inputs
+from popjax.report import read_of_experts
 from popjax.sampling import SamplingConfig
 from popjax.scouts import with_scouts
-from popjax.sparsity import Params
+from popjax.sparsity import Params, Partitions
 from popjax.targets import Target, devices
 
 NEW_TOKENS = 256
@@ -169,7 +172,7 @@ class Rehearsal:
         self.workload = workload
         self.method = workload.method.for_model(config)
         self.place = Place.of(config, devices(workload.target))
-        self.params = self.place.params(config, jnp.dtype(workload.dtype))
+        self.params = self.place.as_loaded(self.place.params(config, jnp.dtype(workload.dtype)))
         if isinstance(self.method, Scout):
             added = scouts_for(self.method, self.params, config)
             self.params = with_scouts(self.params, self.place.abstract(added, "F"))
@@ -179,7 +182,7 @@ class Rehearsal:
         self._prefill_static = static | {"mesh": self.place.mesh}
         outputs = outputs_of(self.place, self.params, self._inputs, static)
         made = packed(self.place, self.params, config, self.method, outputs)
-        self.packed_params, self._narrow, self._parts = made
+        self.packed_params, self._narrow, self.parts = made
         sampling = SamplingConfig()
         self._flags = sampling.flags()
         decoding = (self.place, outputs, self._inputs, config, workload.room, sampling)
@@ -194,7 +197,7 @@ class Rehearsal:
         """The decode loop over packed weights."""
         static = {"config": self._narrow, "method": self.method, "flags": self._flags}
         static["options"] = Options(implementation=implementation_of(self.workload))
-        given = (self.packed_params, self._parts, None, self._values, None)
+        given = (self.packed_params, self.parts, None, self._values, None)
         arguments = (self.state, *given, self._until)
         return _compiled(Programs().decode, arguments, static | {"mesh": self.place.mesh})
 
@@ -282,7 +285,7 @@ def counted(made: Rehearsal, prefill: Program, decode: Program) -> Forecast:
     # Packed rows lie beside the full weights, which stay for the next prompt.
     ffns = {f"layer_{i}": layer.ffn for i, layer in enumerate(workload.config.layers)}
     extra = sum(shard_bytes(rows[k][ffn]) for k, ffn in ffns.items() if rows[k] is not full[k])
-    read = read_weights(rows, workload)
+    read = read_weights(rows, workload, made.parts)
     mesh, chip = made.place.mesh, workload.target.chip
     return Forecast(
         method=method_name(workload.method),
@@ -312,18 +315,17 @@ def _held(program: Program, weights: int, packed: int, cache: int, given: int) -
     )
 
 
-def read_weights(params: Params, workload: Workload) -> int:
+def read_weights(params: Params, workload: Workload, parts: Partitions | None = None) -> int:
     """Bytes of weights on a chip that a decode step reads: `report.bytes_per_token`, a shard's.
 
-    Of experts the most that the rows of the batch can go to on one chip.
+    Of experts the most that the rows of the batch can go to on one chip; of these whole matrices,
+    or the rows that a partition of `parts` leaves to be fetched by index.
     """
     total, config = shard_bytes(params), workload.config
     for i, layer in enumerate(config.layers):
         if layer.moe is not None:
-            experts = [params[f"layer_{i}"]["moe"][name] for name in ("gate", "up", "down")]
-            held = experts[0].sharding.shard_shape(experts[0].shape)[0]
-            unread = held - min(held, workload.batch * layer.moe.top_k)
-            total -= shard_bytes(experts) * unread // held
+            part = None if parts is None else parts[i]
+            total -= _unread(params[f"layer_{i}"]["moe"], layer, part, workload)
     if config.position_offset is not None:
         positions = params["positions"]["table"]
         total -= shard_bytes(positions) - config.embed_dim * positions.dtype.itemsize
@@ -331,3 +333,18 @@ def read_weights(params: Params, workload: Workload) -> int:
         table = params["embed"]["table"]
         total -= shard_bytes(table) - config.embed_dim * table.dtype.itemsize
     return total
+
+
+def _unread(moe: Params, layer: LayerConfig, part: Any, workload: Workload) -> int:
+    """Bytes of a layer's experts on a chip that a decode step leaves alone."""
+    assert layer.moe is not None, "only layers with experts have any"
+    experts = [moe[name] for name in ("gate", "up", "down")]
+    held = experts[0].sharding.shard_shape(experts[0].shape)[0]
+    every, tiled = shard_bytes(experts), experts[0].ndim > 3
+    how = listing(implementation_of(workload), tiled, workload.batch, layer.moe, part)
+    if how is None:
+        return every - every // held * min(held, workload.batch * layer.moe.top_k)
+    assert isinstance(part, ExpertPartition), "only partitions name rows"
+    row = workload.config.embed_dim * experts[0].dtype.itemsize
+    channel = row * len(experts)
+    return every - workload.batch * read_of_experts(part, channel, row, how)

@@ -136,9 +136,18 @@ class BenchResult:
         }
 
 
+# Fewer rounds have no spread worth the name.
+_LEAST_ROUNDS = 3
+
+
 def speedup_text(ratio: Spread) -> str:
-    """A ratio of times in words: a claim only where every round agrees on who is faster."""
-    spread = f"{ratio.low:.2f}..{ratio.high:.2f} over {len(ratio.rounds)} rounds"
+    """A ratio of times in words: a claim only where every one of three or more rounds agrees on who
+    is faster.
+    """
+    rounds = len(ratio.rounds)
+    spread = f"{ratio.low:.2f}..{ratio.high:.2f} over {rounds} round{'s' * (rounds != 1)}"
+    if rounds < _LEAST_ROUNDS:
+        return f"no speed-up shown: {spread}, and fewer than {_LEAST_ROUNDS} show none"
     if ratio.low <= 1.0 <= ratio.high:
         return f"no speed-up shown: {spread} contains 1"
     word = "faster" if ratio.median > 1 else "slower"

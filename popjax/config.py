@@ -22,6 +22,7 @@ LIMITS: dict[str, int] = {
     "max_positions": 268_435_456,
     "window": 268_435_456,
     "num_experts": 65_536,
+    "num_experts_per_tok": 65_536,
     "expert_dim": 1_048_576,
 }
 
@@ -113,8 +114,8 @@ class MoeConfig:
         whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
         if not whole or not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"top_k {self.top_k!r} in the model config is outside 1..{self.num_experts}, the "
-                "number of experts: repair it"
+                f"num_experts_per_tok {self.top_k!r} in the model config is outside "
+                f"1..{self.num_experts}, the number of experts: repair it"
             )
 
     @property

@@ -68,10 +68,14 @@ class ExpertPartition:
         return self.routed + (0 if self.shared is None else self.shared.evaluated)
 
     @property
+    def routed_active(self) -> int:
+        """Channels of a token's experts that are on, unless experts are whole."""
+        return self.top_k * (self.num_retained + self.k_selected)
+
+    @property
     def active(self) -> int:
         """Channels on for a token, unless experts are whole."""
-        beside = 0 if self.shared is None else self.shared.active
-        return self.top_k * (self.num_retained + self.k_selected) + beside
+        return self.routed_active + (0 if self.shared is None else self.shared.active)
 
     @property
     def in_order(self) -> bool:
@@ -132,7 +136,7 @@ def experts_by_rank(
 
 
 def with_order(part: ExpertPartition, down: jax.Array) -> ExpertPartition:
-    """The partition as decoding wants it, given down [E, M, D]."""
+    """The partition as decoding wants it, given down [E, M, D], or its tiles."""
     E, M = down.shape[:2]
     order = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), (E, M))
     if not part.in_order:
@@ -143,8 +147,9 @@ def with_order(part: ExpertPartition, down: jax.Array) -> ExpertPartition:
         order = jnp.concatenate([part.retained, part.candidate, pruned], axis=-1)
     norm = None
     if not part.all_on:
-        rows = jnp.take_along_axis(down, part.candidate[:, :, None], axis=1).astype(jnp.float32)
-        norm = jnp.sqrt(jnp.sum(rows * rows, axis=-1))
+        experts = jnp.arange(E, dtype=jnp.int32)[:, None]
+        rows = down[experts, part.candidate].astype(jnp.float32)
+        norm = jnp.sqrt(jnp.sum(rows * rows, axis=tuple(range(2, rows.ndim))))
     places = jnp.argsort(order, axis=-1).astype(jnp.int32)
     return dataclasses.replace(part, candidate_norm=norm, order=order, places=places)
 

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from popjax.given_partition import checked_partitions
-from popjax.methods import Method
-from popjax.packing import as_matrices, pack
+from popjax.methods import Method, WandaSP
+from popjax.packing import pack
 from popjax.run import Request, run
+from popjax.scouts import check_saved
 from popjax.sparsity import Partitions
+from popjax.tiles import as_matrices
 
 if TYPE_CHECKING:
     from popjax.model import LanguageModel
@@ -25,14 +27,15 @@ def calibrated_partition(
 ) -> Partitions:
     """The partition that `method` makes of token windows run together, all tokens counting alike.
 
-    Raises ValueError for a method that prunes no channels, or that leaves some to every step or is
-    calibrated by a file, and for a mixture of experts.
+    That of wanda-sp is made of its statistics: any window does. Raises ValueError for a method that
+    prunes no channels, leaves some to every step or is calibrated for more than the choice of
+    channels, and for a mixture of experts.
     """
     _check_no_experts(model)
-    if method.calibration is not None:
+    if method.calibration is not None and not isinstance(method, WandaSP):
         raise ValueError(
             f"{method} is calibrated by a file, and may bring a bias or thresholds that no plain "
-            "checkpoint holds: use frozen or griffin"
+            "checkpoint holds: use frozen, griffin or wanda-sp"
         )
     found = run(model.params, model.config, Request(windows, 1, method=method)).partition
     if found is None:
@@ -46,9 +49,10 @@ def statically_pruned(model: LanguageModel, partition: Partitions) -> LanguageMo
 
     Its other weights are shared with `model`, not copied. Raises ValueError for a partition that
     does not fit, that leaves a choice to every step, or whose layers differ in width, and for a
-    model on several devices or with experts.
+    model on several devices, with experts or with a scout.
     """
     _check_no_experts(model)
+    check_saved(model.params)
     partition = checked_partitions(partition, model.config)
     _check_final(partition)
     if model.mesh is not None:
@@ -62,7 +66,7 @@ def statically_pruned(model: LanguageModel, partition: Partitions) -> LanguageMo
             "width for all: give every layer as many"
         )
     (width,) = widths
-    matrices = as_matrices(model.params, model.config)
+    matrices = as_matrices(model.params)
     params, config, _ = pack(matrices, model.config, partition)
     raw = {**model.source.raw, model.source.family.width_key: width}
     source = dataclasses.replace(model.source, raw=raw, config=config)

@@ -92,22 +92,27 @@ def _checked_channels(i: int, part: ChannelPartition, layer: LayerConfig) -> Cha
         threshold = jnp.asarray(threshold, jnp.float32)[order]
     fields: dict[str, Any] = {"point": part.point, "exact": part.exact, "threshold": threshold}
     fields |= {
-        "candidate_factor": _checked_factor(i, part, order),
+        "candidate_factor": _checked_factor(i, part, order, "candidate_factor"),
+        "candidate_up": _checked_factor(i, part, order, "candidate_up"),
+        "tried": part.tried,
         "k_selected": int(part.k_selected),
     }
     return ChannelPartition(retained, candidate, **fields)
 
 
-def _checked_factor(i: int, part: ChannelPartition, order: np.ndarray) -> jax.Array | None:
-    """The factors [C] of the candidates put in order; ValueError unless they are that many."""
+def _checked_factor(
+    i: int, part: ChannelPartition, order: np.ndarray, name: str
+) -> jax.Array | None:
+    """The factors [C] of this name in order of candidates; ValueError for another number."""
     if part.point not in POINTS:
         raise ValueError(f"point {part.point!r} of layer {i} is unknown: use one of {POINTS}")
-    if part.candidate_factor is None:
+    given = getattr(part, name)
+    if given is None:
         return None
-    factor = np.asarray(part.candidate_factor, np.float32)
+    factor = np.asarray(given, np.float32)
     if factor.shape != order.shape:
         raise ValueError(
-            f"candidate_factor of layer {i} has shape {factor.shape}, expected {order.shape}: give "
+            f"{name} of layer {i} has shape {factor.shape}, expected {order.shape}: give "
             "each candidate one"
         )
     return jnp.asarray(factor[order])

@@ -31,11 +31,12 @@ from popjax.gguf_tokenizer import end_token_ids, tokenizer_from_gguf
 from popjax.listening import Listener
 from popjax.loading import Source, open_source, read_params
 from popjax.methods import Method, method_name
-from popjax.packing import as_matrices, tiled_placer
 from popjax.prefilling import make_context
 from popjax.report import Report, make_report
 from popjax.run import Request, run
+from popjax.scouts import check_saved
 from popjax.sparsity import Params, Partitions
+from popjax.tiles import as_matrices, tiled_placer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,15 +293,16 @@ class LanguageModel:
     def save(self, folder: str) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer) that transformers loads.
 
-        Raises CheckpointError where `folder` exists and is not empty.
+        Raises CheckpointError where `folder` exists and is not empty, ValueError for a scout in it.
         """
+        check_saved(self.params)
         raw = {**self.source.raw, "dtype": self.params["embed"]["table"].dtype.name}
         rows = self.source.family.hf_rows
         files = text.tokenizer_files(self.tokenizer)
         # Every end token, a GGUF's too, so that the reloaded model stops where this one does.
         stated = {**self.source.generation, "eos_token_id": list(self.eos_token_ids) or None}
         files["generation_config.json"] = json.dumps(stated, indent=2).encode()
-        params = without_gates(as_matrices(self.params, self.config))
+        params = without_gates(as_matrices(self.params))
         tensors = checkpoints.export(params, rows)
         checkpoints.save_safetensors(folder, tensors, config=raw, extra_files=files)
 

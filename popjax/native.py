@@ -17,13 +17,18 @@ import checkpoints
 from popjax import axes, sharding
 from popjax.config import ModelConfig, from_json, to_json
 from popjax.eviction.gates import without_gates
-from popjax.packing import as_matrices
+from popjax.scouts import check_saved
 from popjax.sparsity import Params
+from popjax.tiles import as_matrices
 
 
 def save_native(path: str | os.PathLike[str], config: ModelConfig, params: Params) -> Path:
-    """Write config and parameters into a new folder; CheckpointError where it is not empty."""
-    own = without_gates(as_matrices(params, config))
+    """Write config and parameters into a new folder.
+
+    Raises CheckpointError where it is not empty, ValueError for parameters with scouts.
+    """
+    check_saved(params)
+    own = without_gates(as_matrices(params))
     return checkpoints.store.save(path, to_json(config), own)
 
 

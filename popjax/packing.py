@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kernels_pallas.gather_rows import gather_all
-from kernels_pallas.row_products.tpu import LANES, tile_rows, tiled
 from popjax import sharding
 from popjax.config import ModelConfig
 from popjax.expert_partition import ExpertPartition, with_order
@@ -187,42 +185,3 @@ def down_norms(down: jax.Array) -> jax.Array:
     """L2 norm [F], float32, of every row of down [F, D]: how loudly a channel speaks."""
     down = down.astype(jnp.float32)
     return jnp.sqrt(jnp.sum(down * down, axis=tuple(range(1, down.ndim))))
-
-
-def as_tiles(params: Params, config: ModelConfig) -> Params:
-    """Parameters whose FFN matrices [F, D] are kept as [F, D/128, 128], for TPU kernels.
-
-    A row is then whole tiles of memory, one behind the other, and can be fetched alone. Other
-    consumers see [F, D]: a reshape, which XLA makes free. Unchanged where D is not whole tiles.
-    """
-    return _reformed(params, config, _tiles)
-
-
-def as_matrices(params: Params, config: ModelConfig) -> Params:
-    """Inverse of `as_tiles`."""
-    return _reformed(params, config, lambda w: w.reshape(w.shape[0], -1) if w.ndim > 2 else w)
-
-
-def tiled_placer(place: Callable[[str, Any], jax.Array]) -> Callable[[str, Any], jax.Array]:
-    """`place(path, array)` that first makes FFN matrices tiles, as `as_tiles` does."""
-    ffns = ("/mlp/", "/shared/")
-    return lambda path, array: place(path, _tiles(array) if any(f in path for f in ffns) else array)
-
-
-def _tiles(w: Any) -> Any:
-    """w [F, D] of jax or NumPy as tiles where its rows are whole ones."""
-    if w.ndim != 2 or w.shape[1] % (LANES * tile_rows(w.dtype)):
-        return w
-    return tiled(w)
-
-
-def _reformed(
-    params: Params, config: ModelConfig, form: Callable[[jax.Array], jax.Array]
-) -> Params:
-    layers = {}
-    for i, layer in enumerate(config.layers):
-        name = f"layer_{i}"
-        if layer.ffn in params[name]:
-            mlp = {key: form(w) for key, w in params[name][layer.ffn].items()}
-            layers[name] = {**params[name], layer.ffn: mlp}
-    return {**params, **layers}

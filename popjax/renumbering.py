@@ -55,15 +55,14 @@ def _by_shard(
                 f"partition of layer {i} has {counts.tolist()} {name} channels on the {shards} "
                 "shards of F, which must be equal: use a partition made on this mesh"
             )
-    if part.k_selected % shards or (part.exact or 0) % shards:
+    counts = {"k_selected": part.k_selected, "exact": part.exact, "tried": part.tried}
+    if any((count or 0) % shards for count in counts.values()):
         raise ValueError(
             f"k_selected {part.k_selected} of layer {i} is not a multiple of the {shards} shards "
             "of F: use a partition made on this mesh"
         )
     retained, candidate = (jnp.asarray(indices % width, jnp.int32) for indices in sets.values())
-    chosen = {"k_selected": part.k_selected // shards}
-    if part.exact is not None:
-        chosen["exact"] = part.exact // shards
+    chosen = {name: count // shards for name, count in counts.items() if count is not None}
     # Candidates ascend over all shards, so their factors lie by shard as they are.
     return dataclasses.replace(part, retained=retained, candidate=candidate, **chosen)
 
@@ -92,8 +91,9 @@ def _over_all(part: ChannelPartition | None, width: int, shards: int) -> Channel
     def counted(indices: jax.Array) -> jax.Array:
         return jnp.asarray((sharding.fetched(indices).reshape(shards, -1) + starts).reshape(-1))
 
-    exact = None if part.exact is None else part.exact * shards
-    found = dataclasses.replace(part, k_selected=part.k_selected * shards, exact=exact)
+    counts = {"k_selected": part.k_selected, "exact": part.exact, "tried": part.tried}
+    counts = {name: count * shards for name, count in counts.items() if count is not None}
+    found = dataclasses.replace(part, **counts)
     places = {"retained": counted(part.retained), "candidate": counted(part.candidate)}
     return dataclasses.replace(found, **places)
 

@@ -7,6 +7,7 @@ zeroes: the masked form reads every evaluated row of down, the gathered form onl
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from popjax.depth.applied import without_others
 from popjax.depth.report import DepthReport, depth_report
 from popjax.expert_partition import ExpertPartition
 from popjax.generate import Masks
+from popjax.nn.expert_rows import listing
 from popjax.scouts import scout_bytes
 from popjax.sparsity import ChannelPartition, Params, Partitions, unrouted
 
@@ -121,13 +123,14 @@ def layer_reports(
     partition: Partitions | None,
     itemsize: int,
     only_chosen: bool,
-    by_index: bool = False,
+    by_index: Sequence[str | None] = (),
     masks: Masks | None = None,
     params: Params | None = None,
 ) -> tuple[LayerReport, ...]:
     """One LayerReport a layer; without a partition every channel is retained.
 
-    by_index: whether rows of experts are fetched by index. masks: those in use, where recorded.
+    by_index: what of a layer's experts is read so, see `expert_rows.listing`; nothing without it.
+    masks: those in use, where recorded.
     params: where scouts would be.
     """
     reports = []
@@ -142,10 +145,12 @@ def layer_reports(
         part, read = partition[i], 0
         alone = unrouted(part)
         if isinstance(part, ExpertPartition):
-            # Only the CPU kernels leave rows of an expert unread; they read all of R u C.
-            read = rows_read(part) * channel if by_index else dense
+            how = by_index[i] if by_index else None
+            read = dense if how is None else read_of_experts(part, channel, row, how)
         active = part.active
         retained, candidate = layer.routed * part.num_retained, layer.routed * part.num_candidate
+        if isinstance(part, ExpertPartition) and part.whole is not None:
+            retained, candidate, active = _with_whole(part, retained, candidate)
         if alone is not None:
             if alone.threshold is not None and masks is not None:
                 active = _mean_count(masks[i])
@@ -169,15 +174,38 @@ def _mean_count(mask: jax.Array) -> int:
 def _read(part: ChannelPartition, channel: int, row: int, chosen: int | None) -> int:
     """Bytes of weights read of a partition whose channels have so many bytes, a row of down too.
 
-    chosen: how many are on, where no others are read to the end: down, by the gate alone up too, by
-    a scout all three.
+    chosen: how many are on, where no others are read to the end: down, by the gate alone up of
+    those tried too, by a scout all three.
     """
     on = part.evaluated if chosen is None else chosen
     if part.point == "scout" and not part.decided:
         exact = on if part.exact is None or chosen is None else part.exact
         return exact * (channel - row) + on * row
-    late = 2 * row if part.point == "gate" else row
-    return part.evaluated * (channel - late) + on * late
+    if part.point == "gate":
+        tried = on if part.tried is None or chosen is None else part.num_retained + part.tried
+        return part.evaluated * (channel - 2 * row) + (tried + on) * row
+    return part.evaluated * (channel - row) + on * row
+
+
+def _with_whole(part: ExpertPartition, retained: int, candidate: int) -> tuple[int, int, int]:
+    """Retained, candidate and active channels of a token's experts, some of which keep them all:
+    on average over those that are held.
+    """
+    whole = float(np.mean(np.asarray(part.whole)))
+    every = part.top_k * part.expert_dim
+    beside = part.active - part.routed_active
+    means = [(1 - whole) * n + whole * m for n, m in ((retained, every), (candidate, 0))]
+    active = (1 - whole) * part.routed_active + whole * every
+    return round(means[0]), round(means[1]), round(active) + beside
+
+
+def read_of_experts(part: ExpertPartition, channel: int, row: int, how: str) -> int:
+    """Bytes of weights that a token reads of its experts by index, `how` as `expert_rows.listing`
+    says, whose channels have so many bytes, a row of down among them.
+    """
+    rows = rows_read(part)
+    on = part.routed_active if how == "chosen" else rows
+    return rows * (channel - row) + on * row
 
 
 def rows_read(part: ExpertPartition) -> int:
@@ -240,6 +268,19 @@ def bytes_per_token(config: ModelConfig, params: Params) -> int:
     return total
 
 
+def _listings(result: Any, config: ModelConfig, params: Params) -> tuple[str | None, ...]:
+    """By layer, what of its experts a step of the run reads by index."""
+    found: list[str | None] = []
+    for i, layer in enumerate(config.layers):
+        part = None if result.partition is None else result.partition[i]
+        if layer.moe is None or not isinstance(part, ExpertPartition):
+            found.append(None)
+            continue
+        tiled = params[f"layer_{i}"]["moe"]["down"].ndim > 3
+        found.append(listing(result.implementation, tiled, len(result.tokens), layer.moe, part))
+    return tuple(found)
+
+
 def make_report(
     *,
     model: str,
@@ -256,8 +297,8 @@ def make_report(
     held = weight_bytes(params)
     params, config = without_others(params, config, result.layers)
     itemsize = params["embed"]["table"].dtype.itemsize
-    how = (reads_only_chosen(result), result.implementation in NATIVE, result.masks, params)
-    layers = layer_reports(config, result.partition, itemsize, *how)
+    how = (_listings(result, config, params), result.masks, params)
+    layers = layer_reports(config, result.partition, itemsize, reads_only_chosen(result), *how)
     dense = bytes_per_token(config, params)
     saved = sum(layer.dense_bytes - layer.read_bytes for layer in layers)
     decode_steps = result.steps - 1

@@ -7,6 +7,8 @@ Quantised plainly, to the nearest step; leaves out who chooses by it (`methods/s
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,7 +47,7 @@ def needed(mlp: Params) -> tuple[QuantizedRows, QuantizedRows]:
         raise ValueError(
             "scout needs a scout beside the weights of every layer that it prunes: "
             "popjax.scouts.with_scouts(params, make_scouts(params, config)), with ends=True where "
-            "the first and last layer are pruned too"
+            "the first and last layer are pruned too (popjax calibrate scout --ends pruned)"
         )
     gate, up = (
         QuantizedRows(
@@ -54,6 +56,20 @@ def needed(mlp: Params) -> tuple[QuantizedRows, QuantizedRows]:
         for name in MATRICES
     )
     return gate, up
+
+
+def check_form(mlp: Params, bits: int, group: int) -> None:
+    """Raise ValueError where an FFN's parameters hold a scout of other bits or groups."""
+    if "scout_up" not in mlp:
+        return
+    held = QuantizedRows(_rows(mlp["scout_up"]), _rows(mlp["scout_up_scale"]))
+    found = held.bits, held.shape[1] // held.scales.shape[1]
+    if found != (bits, group):
+        raise ValueError(
+            f"the scout beside the weights has {found[0]} bits in groups of {found[1]}, and the "
+            f"method counts {bits} bits in groups of {group}: give Scout(bits={found[0]}, "
+            f"group={found[1]}), or make another scout"
+        )
 
 
 def _rows(w: jax.Array) -> jax.Array:
@@ -101,8 +117,8 @@ def check_model(config: ModelConfig) -> None:
 def with_scouts(params: Params, scouts: Sequence[dict[str, Any]]) -> Params:
     """Parameters with a scout in each layer, for runs with `Scout`; no weight is copied.
 
-    Save a model without them: its file formats have no place for scouts. Raises ValueError for
-    another number of layers.
+    A model is saved without them: its file formats have no place for scouts. Raises ValueError
+    for another number of layers.
     """
     check_layers(params, "scouts", scouts)
     paths = {f"layer_{i}/mlp/{k}": w for i, one in enumerate(scouts) for k, w in one.items()}
@@ -112,6 +128,26 @@ def with_scouts(params: Params, scouts: Sequence[dict[str, Any]]) -> Params:
 def without_scouts(params: Params) -> Params:
     """Inverse of `with_scouts`; parameters that have none as they are."""
     return without_leaves(params, "mlp", set(names()))
+
+
+def check_saved(params: Params) -> None:
+    """Raise ValueError for parameters with scouts, which no checkpoint has a place for."""
+    if scout_bytes(params):
+        raise ValueError(
+            "a scout lies beside the weights, and no checkpoint has a place for it: save the model "
+            "with params=popjax.scouts.without_scouts(params), and the scout by save_scouts"
+        )
+
+
+def digest(params: Params) -> str | None:
+    """What tells the scouts among the parameters from others; None where there are none."""
+    found = hashlib.sha256()
+    layers = ((name, held.get("mlp", {})) for name, held in sorted(params.items()))
+    leaves = [(f"{name}/{k}", mlp[k]) for name, mlp in layers for k in names() if k in mlp]
+    for name, leaf in leaves:
+        found.update(f"{name} {leaf.dtype}{leaf.shape}".encode())
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()[:16] if leaves else None
 
 
 def scout_bytes(params: Params, layer: int | None = None) -> int:
@@ -146,29 +182,58 @@ def load_scouts(path: str | os.PathLike[str], params: Params, config: ModelConfi
         raise checkpoints.CheckpointError(
             f"{path} is no scout of this model, as {odd[0]!r} shows: run popjax calibrate scout"
         )
-    widths = [layer.mlp_dim if i in held else 0 for i, layer in enumerate(config.layers)]
+    forms = _forms(path, arrays, held, params, config)
+    for name, array in arrays.items():
+        _check(path, name, array, forms[name])
     return tuple(
-        {name: _checked(path, arrays, i, name, rows) for name in names() if rows}
-        for i, rows in enumerate(widths)
+        {name: jnp.asarray(arrays[f"layer_{i}/{name}"]) for name in names() if i in held}
+        for i in range(config.num_layers)
     )
 
 
-def _checked(
-    path: str | os.PathLike[str], arrays: dict[str, np.ndarray], i: int, name: str, rows: int
-) -> jax.Array:
-    held = arrays[f"layer_{i}/{name}"]
-    floats = jnp.issubdtype(held.dtype, jnp.floating)
-    if held.ndim != 2 or held.shape[0] != rows or floats != name.endswith("_scale"):
+def _forms(
+    path: str | os.PathLike[str],
+    arrays: dict[str, np.ndarray],
+    held: range,
+    params: Params,
+    config: ModelConfig,
+) -> dict[str, Any]:
+    """Shape and dtype of every array of a scout with the bits and groups of its first layer."""
+    name = f"layer_{held[0]}/scout_up"
+    scale = arrays[f"{name}_scale"]
+    bits = 8 if arrays[name].dtype == np.int8 else 4
+    group = config.embed_dim // max(1, *scale.shape[1:])
+    make = functools.partial(make_scouts, config=config, bits=bits, group=group, ends=held[0] == 0)
+    try:
+        scouts = jax.eval_shape(make, params)
+    except ValueError as error:
         raise checkpoints.CheckpointError(
-            f"{path}: 'layer_{i}/{name}' is {held.dtype}{list(held.shape)}, which is no row for "
-            f"each of {rows} channels: run popjax calibrate scout again"
+            f"{path}: '{name}_scale' is {scale.dtype}{list(scale.shape)}, which is no scale for "
+            f"each group of {config.embed_dim} weights: run popjax calibrate scout again"
+        ) from error
+    return {f"layer_{i}/{name}": w for i, one in enumerate(scouts) for name, w in one.items()}
+
+
+def _check(path: str | os.PathLike[str], name: str, held: np.ndarray, form: Any) -> None:
+    """Raise CheckpointError unless an array has its form, and scales that rounding gives."""
+    if (held.shape, held.dtype) != (form.shape, form.dtype):
+        raise checkpoints.CheckpointError(
+            f"{path}: {name!r} is {held.dtype}{list(held.shape)}, and this model with the rest of "
+            f"the file wants {form.dtype}{list(form.shape)}: run popjax calibrate scout again"
         )
-    return jnp.asarray(held)
+    if name.endswith("_scale") and not bool(np.all(np.isfinite(held) & (held >= 0))):
+        raise checkpoints.CheckpointError(
+            f"{path}: {name!r} has scales that are negative or not finite: run popjax calibrate "
+            "scout again"
+        )
 
 
 __all__ = [
     "Scouts",
+    "check_form",
     "check_model",
+    "check_saved",
+    "digest",
     "load_scouts",
     "make_scouts",
     "names",

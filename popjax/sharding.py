@@ -145,10 +145,10 @@ def named(letters: str, mesh: Mesh) -> NamedSharding:
 
 def param_letters(params: Params) -> Any:
     """Axis letters of every parameter, packed ones too, as a tree of strings."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: axes.letters(_joined(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes.letters(joined(path)), params)
 
 
-def _joined(path: tuple[Any, ...]) -> str:
+def joined(path: tuple[Any, ...]) -> str:
     return "/".join(entry.key for entry in path)
 
 
@@ -258,10 +258,10 @@ def mesh_of(params: Params, config: ModelConfig) -> Mesh | None:
     if mesh is not None:
         validate(config, mesh)
     for path, leaf in leaves:
-        letters = axes.letters(_joined(path))
+        letters = axes.letters(joined(path))
         if mesh is None or not leaf.sharding.is_equivalent_to(named(letters, mesh), leaf.ndim):
             raise ValueError(
-                f"parameter {_joined(path)!r} ({letters}) lies on several devices as "
+                f"parameter {joined(path)!r} ({letters}) lies on several devices as "
                 f"{leaf.sharding}: load with popjax.load(mesh=...) or place the parameters with "
                 "popjax.sharding.placed_params"
             )
@@ -274,7 +274,7 @@ def _check_automatic(leaves: Sequence[tuple[tuple[Any, ...], jax.Array]]) -> Non
         mesh = getattr(leaf.sharding, "mesh", None)
         if isinstance(mesh, Mesh) and mesh != automatic(mesh):
             raise ValueError(
-                f"parameter {_joined(path)!r} lies on a mesh with axes of types "
+                f"parameter {joined(path)!r} lies on a mesh with axes of types "
                 f"{', '.join(kind.name for kind in mesh.axis_types)}, not Auto: place the "
                 "parameters with popjax.sharding.placed_params"
             )

@@ -124,7 +124,9 @@ class ChannelPartition:
     order) are filled in by `pack`; so is `indexed`, where decoding fetches these rows from the full
     weights instead. point: what candidates are scored by: the "product" of gate and up, the "gate"
     alone, or that product in the copies of a "scout". What comes after is read only where chosen.
-    exact: of those a scout chose, how many use gate and up themselves; None for all.
+    exact: of those a scout chose, how many use gate and up themselves; None for all. tried: at the
+    point "gate", how many are chosen by it, times `candidate_up` [C], what |up| may be, before the
+    product says which of them are on; None: no more than are on.
     """
 
     retained: jax.Array
@@ -132,9 +134,11 @@ class ChannelPartition:
     candidate_norm: jax.Array | None = None
     threshold: jax.Array | None = None
     candidate_factor: jax.Array | None = None
+    candidate_up: jax.Array | None = None
     k_selected: int = struct.field(pytree_node=False, default=0)
     point: str = struct.field(pytree_node=False, default="product")
     exact: int | None = struct.field(pytree_node=False, default=None)
+    tried: int | None = struct.field(pytree_node=False, default=None)
     packed: bool = struct.field(pytree_node=False, default=False)
     indexed: bool = struct.field(pytree_node=False, default=False)
 
@@ -195,6 +199,8 @@ class ChannelPartition:
             # A scout's is a product too, of its own gate and up.
             point="gate" if self.point == "gate" else "product",
             exact=self.exact,
+            expected=self.candidate_up,
+            tried=self.tried,
         )
 
 

@@ -45,7 +45,7 @@ def share_read(method: Method, config: ModelConfig) -> float:
     """Bytes of the FFN that a step reads over those of a dense one, in weights of sixteen bits."""
     widths = [layer.mlp_dim for layer in config.layers]
     if isinstance(method, GateFirst):
-        rows = sum(one.evaluated + 2 * one.k_selected for one in method.budgets(config))
+        rows = sum(one.evaluated + one.tried + one.k_selected for one in method.budgets(config))
     elif isinstance(method, Scout):
         copies = 2 * (method.bits + 16 / method.group) / 16
         pairs = zip(method.budgets(config), widths, strict=True)
@@ -92,10 +92,15 @@ class Row:
 
 
 def measure(
-    model: Any, windows: Sequence[Sequence[int]], prefix: int, ratios: Sequence[float]
+    model: Any,
+    windows: Sequence[Sequence[int]],
+    prefix: int,
+    ratios: Sequence[float],
+    names: Sequence[str],
 ) -> list[Row]:
-    """Every method at every ratio; all see a window before the next begins."""
-    wanted = {(name, r): method for r in ratios for name, method in cases(r).items()}
+    """Online pruning and the methods named, at every ratio; all see a window before the next."""
+    chosen = dict.fromkeys([FAITHFUL, *names])
+    wanted = {(name, r): cases(r)[name] for r in ratios for name in chosen}
     made = make_scouts(model.params, model.config, ends=True)
     # Methods without a scout are as they were: it lies beside the weights.
     scouted = dataclasses.replace(model, params=with_scouts(model.params, made))
@@ -118,9 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; see `--help`."""
     parser = window_parser(__doc__, 24, "are prefilled")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    known = list(cases(0.5))
+    parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME")
     asked = parser.parse_args(argv)
     model, windows, count = loaded_windows(asked)
-    rows = measure(model, windows, asked.prefix, asked.ratios)
+    rows = measure(model, windows, asked.prefix, asked.ratios, asked.methods)
     protocol = (
         f"{model.name}, {asked.windows} windows spread over {count} tokens: prefix of "
         f"{asked.prefix}, next {asked.scored} scored as decode steps; ± one standard error"

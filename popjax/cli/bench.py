@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import cache_options, depth_options, frontier_options, options, scout_options
+from popjax.cli import (
+    cache_options,
+    depth_options,
+    frontier_options,
+    method_options,
+    options,
+    scout_options,
+)
+from popjax.cli.out_files import check_writable
 from popjax.cli.repeated import of_several, once
 from popjax.cli.terminal import Status, command, stdout_console, write
 
@@ -75,6 +83,11 @@ def bench(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    min_tokens: method_options.MinTokens = None,
+    unseen: method_options.Unseen = None,
+    shared: method_options.Shared = None,
+    ends: method_options.Ends = None,
+    rest: method_options.Rest = None,
     scout: scout_options.ScoutFile = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
@@ -90,9 +103,9 @@ def bench(
     csv: Csv = None,
     text: frontier_options.Text = None,
     figure: frontier_options.Figure = None,
-    windows: frontier_options.Windows = 8,
-    prefix: frontier_options.Prefix = 512,
-    scored: frontier_options.Scored = 256,
+    windows: frontier_options.Windows = None,
+    prefix: frontier_options.Prefix = None,
+    scored: frontier_options.Scored = None,
     json: options.Json = False,
 ) -> None:
     """Time dense decoding against one or more methods, interleaved, with the spread shown.
@@ -104,12 +117,19 @@ def bench(
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
     alone = (shallow or eviction) and not (method or ratio or model_ratio)
-    pruning = {} if alone else _pruning(method, ratio, model_ratio, gamma, prefill, statistics)
+    own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
+    own |= {
+        "model_ratio": model_ratio,
+        "gamma": gamma,
+        "prefill": prefill,
+        "statistics": statistics,
+    }
+    pruning = {} if alone else _pruning(method, ratio, own)
     scout_options.check_scout(list(pruning.values()), scout)
     cases = _cases(pruning, shallow, eviction)
     scoring = frontier_options.chosen(text, figure, windows, prefix, scored)
     for file, option in ((csv, "--csv"), (figure, "--figure")):
-        frontier_options.check_writable(file, option)
+        check_writable(file, option, new=True)
     once(batch, "--batch")
     once(prompt_tokens, "--prompt-tokens")
     given = _given(prompt, prompt_file, prompt_tokens)
@@ -132,20 +152,9 @@ def bench(
 
 
 def _pruning(
-    names: list[str] | None,
-    ratios: list[float] | None,
-    model_ratio: float | None,
-    gamma: float | None,
-    prefill: str | None,
-    statistics: Path | None,
+    names: list[str] | None, ratios: list[float] | None, given: dict[str, Any]
 ) -> dict[str, Method]:
     """Every method at every ratio, by name: with the ratio where there are several."""
-    given = {
-        "model_ratio": model_ratio,
-        "gamma": gamma,
-        "prefill": prefill,
-        "statistics": statistics,
-    }
     named = names or ["online-pruning"]
     once(names, "--method")
     once(ratios, "--ratio")

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from popjax.cli import options
-from popjax.cli.scout_options import calibrate_scout
+from popjax.cli.out_files import check_writable
+from popjax.cli.scout_options import calibrate_scout, check_ends
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
     from popjax.model import LanguageModel
 
-KINDS = ("prefill-pruning", "channels", "scout")
+# What is calibrated, and the options that it has beside those of the model.
+KINDS = {
+    "prefill-pruning": ("text", "samples", "prompt_tokens", "max_new_tokens", "seed"),
+    "channels": ("text", "samples", "prompt_tokens"),
+    "scout": ("ends",),
+}
+SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 200, 256, 32
 What = Annotated[
     str,
     typer.Argument(
@@ -25,11 +32,24 @@ What = Annotated[
 ]
 Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text that prompts are cut from.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="New safetensors file to write.")]
-Samples = Annotated[int, typer.Option(min=1, help="Prompts, spread over the text.")]
-PromptTokens = Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help=f"Prompts, spread over the text ({SAMPLES}).")
+]
+PromptTokens = Annotated[int | None, typer.Option(min=2, help=f"Tokens of one ({PROMPT_TOKENS}).")]
 NewTokens = Annotated[
-    int,
-    typer.Option("--max-new-tokens", min=1, help="Tokens the model adds to each; prefill-pruning."),
+    int | None,
+    typer.Option(min=1, help=f"Tokens the model adds to each ({NEW_TOKENS}); prefill-pruning."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, help="Where randomness starts (0); prefill-pruning."),
+]
+Ends = Annotated[
+    str | None,
+    typer.Option(
+        help="dense or pruned (dense): with pruned also the first and the last layer have copies, "
+        "which a run with --ends pruned needs; scout."
+    ),
 ]
 
 
@@ -43,41 +63,69 @@ def calibrate(
     dtype: options.Dtype = None,
     offline: options.Offline = False,
     check_tensors: options.CheckTensors = False,
-    samples: Samples = 200,
-    prompt_tokens: PromptTokens = 256,
-    new_tokens: NewTokens = 32,
-    seed: options.Seed = 0,
+    samples: Samples = None,
+    prompt_tokens: PromptTokens = None,
+    max_new_tokens: NewTokens = None,
+    seed: Seed = None,
+    ends: Ends = None,
 ) -> None:
     """Measure a model on text, for `--layer-scores` (prefill-pruning) or `--statistics` (channels).
 
     Prompts are cut from the text; for prefill-pruning the model continues them. Or write a scout.
     """
-    if what not in KINDS:
-        raise typer.BadParameter(
-            f"{what!r} measures nothing of a model: use {', '.join(KINDS[:-1])} or {KINDS[-1]}",
-            param_hint="WHAT",
-        )
-    if out.exists():
-        raise typer.BadParameter(f"{out} exists: choose another name", param_hint="--out")
+    given: dict[str, Any] = {"text": text, "samples": samples, "prompt_tokens": prompt_tokens}
+    given |= {"max_new_tokens": max_new_tokens, "seed": seed, "ends": ends}
+    _check_kind(what, given)
+    check_writable(out, "--out", new=True)
     choice = options.ModelChoice(model, revision, dtype, offline, check_tensors)
     if what == "scout":
-        calibrate_scout(choice.load(), out)
+        check_ends(ends)
+        calibrate_scout(choice.load(), out, ends == "pruned")
         return
     if text is None:
         raise typer.BadParameter("prompts are cut from one: give --text", param_hint="--text")
-    if not text.is_file():
-        raise typer.BadParameter(f"there is no file {text}", param_hint="--text")
     words = options.read_text(text, "--text")
     if not words.strip():
         raise typer.BadParameter(f"{text} is empty: give one to cut from", param_hint="--text")
     loaded = choice.load()
-    prompts = cut(loaded.encode(words)[0], samples, prompt_tokens)
-    about = f"{samples} prompts of {prompt_tokens} tokens of {text.name}"
+    samples, length = samples or SAMPLES, prompt_tokens or PROMPT_TOKENS
+    new = (max_new_tokens or NEW_TOKENS) if what == "prefill-pruning" else 0
+    check_room(loaded.config.max_positions, length, new)
+    prompts = cut(loaded.encode(words)[0], samples, length)
+    about = f"{samples} prompts of {length} tokens of {text.name}"
     if what == "channels":
         path = _channels(loaded, prompts, out, about)
     else:
-        path = _layers(loaded, prompts, new_tokens, seed, out, f"{about}, {new_tokens} new each")
+        path = _layers(loaded, prompts, new, seed or 0, out, f"{about}, {new} new each")
     write(f"{path}\n")
+
+
+def _check_kind(what: str, given: dict[str, Any]) -> None:
+    """Wrong usage for an unknown kind, and for an option that it has no use for."""
+    if what not in KINDS:
+        *others, last = KINDS
+        raise typer.BadParameter(
+            f"{what!r} measures nothing of a model: use {', '.join(others)} or {last}",
+            param_hint="WHAT",
+        )
+    for name, value in given.items():
+        if value is not None and name not in KINDS[what]:
+            raise typer.BadParameter(
+                f"calibrate {what} has no use for it: leave it out",
+                param_hint=f"--{name.replace('_', '-')}",
+            )
+
+
+def check_room(most: int, length: int, new: int) -> None:
+    """Raise ValueError where prompts and what is added to them are above the model's context."""
+    if length + new > most:
+        added = f" and {new} new ones (--max-new-tokens)" if new else ""
+        room = most - new
+        remedy = f"--prompt-tokens {room} or fewer" if room > 1 else "fewer --max-new-tokens"
+        raise ValueError(
+            f"prompts of {length} tokens{added} are longer than the model's context of {most}: "
+            f"give {remedy}"
+        )
 
 
 def _layers(
@@ -126,12 +174,20 @@ def _channels(loaded: LanguageModel, prompts: list[list[int]], out: Path, about:
 
 
 def cut(ids: list[int], count: int, length: int) -> list[list[int]]:
-    """`count` runs of `length` tokens spread over ids from first to last; they may overlap."""
+    """`count` different runs of `length` tokens spread over ids from first to last.
+
+    They may overlap. Raises ValueError where the ids do not give so many.
+    """
     spare = len(ids) - length
     if spare < 0:
         raise ValueError(
             f"the text has {len(ids)} tokens and a prompt {length}: give a longer text, or a "
             "smaller --prompt-tokens"
+        )
+    if count > spare + 1:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, which give {spare + 1} different prompts of "
+            f"{length}: give --samples {spare + 1} or fewer, or a longer text"
         )
     starts = [spare * i // max(count - 1, 1) for i in range(count)]
     return [ids[start : start + length] for start in starts]

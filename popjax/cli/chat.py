@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import depth_options, options, scout_options
+from popjax.cli import depth_options, method_options, options, scout_options
 from popjax.cli.generate import streamed
 from popjax.cli.terminal import command, say
 
@@ -40,6 +40,11 @@ def chat(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    min_tokens: method_options.MinTokens = None,
+    unseen: method_options.Unseen = None,
+    shared: method_options.Shared = None,
+    ends: method_options.Ends = None,
+    rest: method_options.Rest = None,
     scout: scout_options.ScoutFile = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
@@ -55,6 +60,7 @@ def chat(
     repetition_penalty: options.Penalty = None,
 ) -> None:
     """Talk with a model that has a chat template. /reset starts anew, /exit or Ctrl-D ends."""
+    own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     chosen = options.chosen_method(
         method,
         ratio=ratio,
@@ -62,6 +68,7 @@ def chat(
         gamma=gamma,
         prefill=prefill,
         statistics=statistics,
+        **own,
     )
     scout_options.check_scout([chosen], scout)
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)

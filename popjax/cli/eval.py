@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import cache_options, depth_options, evaluation_options, options, scout_options
+from popjax.cli import (
+    cache_options,
+    depth_options,
+    evaluation_options,
+    method_options,
+    options,
+    scout_options,
+)
+from popjax.cli.out_files import check_writable
 from popjax.cli.terminal import Status, command
 
 if TYPE_CHECKING:
@@ -47,6 +55,11 @@ def evaluate(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    min_tokens: method_options.MinTokens = None,
+    unseen: method_options.Unseen = None,
+    shared: method_options.Shared = None,
+    ends: method_options.Ends = None,
+    rest: method_options.Rest = None,
     scout: scout_options.ScoutFile = None,
     kv: cache_options.Kv = None,
     kv_keep: cache_options.KvKeep = None,
@@ -71,10 +84,12 @@ def evaluate(
     Every number is of one protocol, which is printed with it, and carries its standard error;
     differences are paired. Files need nothing but popjax; names need `popjax[eval]`.
     """
+    check_writable(out, "--out")
+    own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
     cases = evaluation_options.asked_cases(
         method,
-        {**given, "statistics": statistics},
+        {**given, **own, "statistics": statistics},
         cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window),
         depth_options.chosen_depth(depth, skip, layer_scores),
         dense=dense,
@@ -86,6 +101,7 @@ def evaluate(
         raise typer.BadParameter("no task is named: give one", param_hint="--tasks")
     files = [Path(name) for name in names if name.endswith(".jsonl")]
     named = [name for name in names if not name.endswith(".jsonl")]
+    _check_harness(named, {"--num-fewshot": num_fewshot, "--include-path": include_path})
     from popjax.evaluation.run import How, evaluate_tasks
     from popjax.evaluation.task_files import load_tasks
 
@@ -99,6 +115,18 @@ def evaluate(
         asked = read, named, manager
         found = evaluate_tasks(loaded, cases, *asked, how, out, bar.done)
     evaluation_options.show(found, json)
+
+
+def _check_harness(named: list[str], given: dict[str, Any]) -> None:
+    """Wrong usage for an option of lm-eval's tasks where none of them is named."""
+    for option, value in given.items():
+        if value is not None and not named:
+            raise typer.BadParameter(
+                "it is of tasks that lm-eval has, and only files are named: leave it out",
+                param_hint=option,
+            )
+        if isinstance(value, Path) and not value.is_dir():
+            raise typer.BadParameter(f"there is no folder {value}", param_hint=option)
 
 
 def _manager(names: list[str], include: Path | None, offline: bool) -> TaskManager:

@@ -122,6 +122,10 @@ def chosen_cases(
     asked = any(value is not None for value in method_options.values())
     each = of_several(named, method_options)
     methods = [options.chosen_method(name, **own) for name, own in zip(named, each, strict=True)]
+    if not methods and asked and names:
+        raise typer.BadParameter(
+            "dense decoding prunes nothing: name another method too", param_hint="--method"
+        )
     if not methods and asked:
         methods = [options.chosen_method(None, **method_options)]
     beside = [] if kv is None else [_named(kv_method_name(kv), kv, "keep", "tokens")]

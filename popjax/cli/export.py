@@ -17,11 +17,17 @@ Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Where to write; new, or an empty folder.")
 ]
 Text = Annotated[
-    Path, typer.Option("--text", help="Text that decides which channels stay, as UTF-8.")
+    Path | None,
+    typer.Option(
+        "--text", help="Text that decides which channels stay, as UTF-8; not with --statistics."
+    ),
 ]
 MethodName = Annotated[
     str,
-    typer.Option("--method", help="frozen or griffin: how channels are ranked on the text."),
+    typer.Option(
+        "--method",
+        help="frozen or griffin: how channels are ranked on the text; with --statistics wanda-sp.",
+    ),
 ]
 Ratio = Annotated[float, typer.Option(help="Share of FFN channels to remove, 0 to 1.")]
 Samples = Annotated[int, typer.Option(min=1, help="How many windows of the text are read.")]
@@ -31,35 +37,54 @@ Window = Annotated[int, typer.Option(min=1, help="Tokens of each window.")]
 @command
 def export(
     folder: Folder,
-    text: Text,
+    text: Text = None,
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
     offline: options.Offline = False,
     method: MethodName = "frozen",
     ratio: Ratio = options.DEFAULT_RATIO,
+    statistics: options.Statistics = None,
     samples: Samples = 16,
     window: Window = 512,
 ) -> None:
     """Remove FFN channels for good, and save what is left as an ordinary checkpoint.
 
-    Unlike the other commands, which decide anew for every prompt, this decides once, from --text.
+    Unlike the other commands, which decide anew for every prompt, this decides once, from --text or
+    --statistics.
     """
-    chosen = options.chosen_method(method, ratio=ratio)
-    words = options.read_text(text, "--text")
-    if not words.strip():
-        raise typer.BadParameter(f"{text} holds no text", param_hint="--text")
+    from checkpoints import refuse_existing
+
+    chosen = options.chosen_method(method, ratio=ratio, statistics=statistics)
+    words = _words(text, method, chosen.calibration is not None)
+    refuse_existing(folder)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     with Status() as status:
         status.say("Ranking channels")
         from popjax.exporting import calibrated_partition, statically_pruned
 
-        windows = windows_of(loaded, words, samples, window)
+        windows = [[0]] if words is None else windows_of(loaded, words, samples, window)
         narrow = statically_pruned(loaded, calibrated_partition(loaded, windows, chosen))
         status.say(f"Writing {folder}")
         narrow.save(str(folder))
     before, after = (m.config.layers[0].mlp_dim for m in (loaded, narrow))
     say(f"popjax: wrote {folder}, with {after} of {before} FFN channels in every layer")
+
+
+def _words(text: Path | None, method: str, calibrated: bool) -> str | None:
+    """The text that channels are ranked on; None where statistics say it all."""
+    if calibrated:
+        if text is not None:
+            raise typer.BadParameter(
+                f"{method} ranks channels by --statistics: leave it out", param_hint="--text"
+            )
+        return None
+    if text is None:
+        raise typer.BadParameter(f"{method} ranks channels on one: give it", param_hint="--text")
+    words = options.read_text(text, "--text")
+    if not words.strip():
+        raise typer.BadParameter(f"{text} holds no text", param_hint="--text")
+    return words
 
 
 def windows_of(model: LanguageModel, words: str, samples: int, window: int) -> list[list[int]]:

@@ -28,13 +28,22 @@ Figure = Annotated[
     Path | None,
     typer.Option(help="Draw that loss against bytes and time, a PNG.", rich_help_panel=_PANEL),
 ]
-Windows = Annotated[int, typer.Option(min=2, help="Windows of --text.", rich_help_panel=_PANEL)]
+WINDOWS, PREFIX, SCORED = 8, 512, 256
+Windows = Annotated[
+    int | None,
+    typer.Option(min=2, help=f"Windows of --text ({WINDOWS}).", rich_help_panel=_PANEL),
+]
 Prefix = Annotated[
-    int, typer.Option(min=1, help="Tokens of a window that decide.", rich_help_panel=_PANEL)
+    int | None,
+    typer.Option(min=1, help=f"Tokens of a window that decide ({PREFIX}).", rich_help_panel=_PANEL),
 ]
 Scored = Annotated[
-    int,
-    typer.Option(min=1, help="Tokens after those, scored as decode steps.", rich_help_panel=_PANEL),
+    int | None,
+    typer.Option(
+        min=1,
+        help=f"Tokens after those, scored as decode steps ({SCORED}).",
+        rich_help_panel=_PANEL,
+    ),
 ]
 
 
@@ -50,26 +59,26 @@ class Scoring:
 
 
 def chosen(
-    text: Path | None, figure: Path | None, windows: int, prefix: int, scored: int
+    text: Path | None,
+    figure: Path | None,
+    windows: int | None,
+    prefix: int | None,
+    scored: int | None,
 ) -> Scoring | None:
-    """What the options ask for; None without a text. Wrong usage for a picture without one."""
+    """What the options ask for; None without a text. Wrong usage for others of them without one."""
     if text is not None:
         if figure is not None:
             from popjax.picture import require_matplotlib
 
             require_matplotlib()
-        return Scoring(read_text(text, "--text"), figure, windows, prefix, scored)
+        size = (windows or WINDOWS, prefix or PREFIX, scored or SCORED)
+        return Scoring(read_text(text, "--text"), figure, *size)
     if figure is not None:
         raise typer.BadParameter("the picture shows quality: give --text", param_hint="--figure")
+    for option, value in (("--windows", windows), ("--prefix", prefix), ("--scored", scored)):
+        if value is not None:
+            raise typer.BadParameter("it cuts the text: give --text", param_hint=option)
     return None
-
-
-def check_writable(file: Path | None, option: str) -> None:
-    """Wrong usage where a file cannot be written, said before the work and not after it."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise typer.BadParameter(
-            f"{file} must be a file in a folder that exists: choose another", param_hint=option
-        )
 
 
 def cut(model: LanguageModel, asked: Scoring) -> tuple[list[list[int]], int]:

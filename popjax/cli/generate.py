@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import cache_options, depth_options, options, scout_options
+from popjax.cli import cache_options, depth_options, method_options, options, scout_options
 from popjax.cli.terminal import Status, command, stderr_console, write
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ def generate(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    min_tokens: method_options.MinTokens = None,
+    unseen: method_options.Unseen = None,
+    shared: method_options.Shared = None,
+    ends: method_options.Ends = None,
+    rest: method_options.Rest = None,
     scout: scout_options.ScoutFile = None,
     kv: cache_options.Kv = None,
     kv_keep: cache_options.KvKeep = None,
@@ -71,6 +76,7 @@ def generate(
     """
     from popjax.methods import method_name
 
+    own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     chosen = options.chosen_method(
         method,
         ratio=ratio,
@@ -78,6 +84,7 @@ def generate(
         gamma=gamma,
         prefill=prefill,
         statistics=statistics,
+        **own,
     )
     scout_options.check_scout([chosen], scout)
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)

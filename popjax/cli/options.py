@@ -199,23 +199,12 @@ class ModelChoice:
         return LanguageModel(source.name, source.config, params, source, seconds)
 
 
-def chosen_method(
-    name: str | None,
-    *,
-    ratio: float | None = None,
-    model_ratio: float | None = None,
-    gamma: float | None = None,
-    prefill: str | None = None,
-    statistics: Path | None = None,
-    default: str = "dense",
-) -> Method:
+def chosen_method(name: str | None, *, default: str = "dense", **given: Any) -> Method:
     """The method that the options describe; any of its own options alone means online pruning."""
     from popjax.methods import method_named
 
-    given: dict[str, Any] = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma}
-    given |= {"prefill": prefill, "statistics": statistics}
     if name is None:
-        if statistics is not None:
+        if given.get("statistics") is not None:
             raise typer.BadParameter(
                 "statistics are for a method: give --method too", param_hint="--statistics"
             )
@@ -247,9 +236,7 @@ def pruning_method(
     name: str | None,
     ratio: float | None,
     model_ratio: float | None = None,
-    gamma: float | None = None,
-    prefill: str | None = None,
-    statistics: Path | None = None,
+    **own: Any,
 ) -> Method:
     """As `chosen_method`, for commands about pruning: half of the channels where none is said."""
     if name == "dense":
@@ -258,14 +245,7 @@ def pruning_method(
         )
     if ratio is None and model_ratio is None:
         ratio = DEFAULT_RATIO
-    return chosen_method(
-        name or "online-pruning",
-        ratio=ratio,
-        model_ratio=model_ratio,
-        gamma=gamma,
-        prefill=prefill,
-        statistics=statistics,
-    )
+    return chosen_method(name or "online-pruning", ratio=ratio, model_ratio=model_ratio, **own)
 
 
 def chosen_sampling(**values: Any) -> dict[str, Any]:

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from popjax.cli import cache_options, depth_options, evaluation_options, options, scout_options
+from popjax.cli import (
+    cache_options,
+    depth_options,
+    evaluation_options,
+    method_options,
+    options,
+    scout_options,
+)
+from popjax.cli.out_files import check_writable
 from popjax.cli.terminal import command
 
 Text = Annotated[Path, typer.Option("--text", help="UTF-8 text to score.")]
@@ -15,10 +23,16 @@ Windows = Annotated[
     int | None,
     typer.Option(min=1, help="Windows, spread over the text (24; single-pass: all there are)."),
 ]
+PREFIX, SCORED = 512, 256
 Prefix = Annotated[
-    int, typer.Option(min=1, help="Tokens of a window that are prefilled and decide (split).")
+    int | None,
+    typer.Option(
+        min=1, help=f"Tokens of a window that are prefilled and decide ({PREFIX}; split)."
+    ),
 ]
-Scored = Annotated[int, typer.Option(min=1, help="Tokens scored after them (split).")]
+Scored = Annotated[
+    int | None, typer.Option(min=1, help=f"Tokens scored after them ({SCORED}; split).")
+]
 
 
 @command
@@ -34,6 +48,11 @@ def perplexity(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    min_tokens: method_options.MinTokens = None,
+    unseen: method_options.Unseen = None,
+    shared: method_options.Shared = None,
+    ends: method_options.Ends = None,
+    rest: method_options.Rest = None,
     scout: scout_options.ScoutFile = None,
     kv: cache_options.Kv = None,
     kv_keep: cache_options.KvKeep = None,
@@ -45,8 +64,8 @@ def perplexity(
     protocol: evaluation_options.Protocol = "split",
     dense: evaluation_options.Dense = True,
     windows: Windows = None,
-    prefix: Prefix = 512,
-    scored: Scored = 256,
+    prefix: Prefix = None,
+    scored: Scored = None,
     max_length: evaluation_options.MaxLength = None,
     out: evaluation_options.Out = None,
     json: options.Json = False,
@@ -55,16 +74,24 @@ def perplexity(
 
     split scores what is decoded after a prefix; single-pass rolls over the text as lm-eval does.
     """
+    check_writable(out, "--out")
+    own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
     cases = evaluation_options.asked_cases(
         method,
-        {**given, "statistics": statistics},
+        {**given, **own, "statistics": statistics},
         cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window),
         depth_options.chosen_depth(depth, skip, layer_scores),
         dense=dense,
         protocol=protocol,
         scout=scout,
     )
+    for option, value in (("--prefix", prefix), ("--scored", scored)):
+        if protocol != "split" and value is not None:
+            raise typer.BadParameter(
+                f"{protocol} scores every token in windows of --max-length: leave it out",
+                param_hint=option,
+            )
     words = options.read_text(text, "--text")
     if not words.strip():
         raise ValueError(f"{text} is empty: give a text with something to score")
@@ -74,7 +101,7 @@ def perplexity(
     from popjax.evaluation.run import How, evaluate_text
 
     how = How(protocol, max_length=max_length)
-    cut = windows_of(words, how.encoder(loaded), prefix, scored, windows)
+    cut = windows_of(words, how.encoder(loaded), prefix or PREFIX, scored or SCORED, windows)
     with evaluation_options.Bar("Scoring", len(cut.pairs)) as bar:
         found = evaluate_text(loaded, cases, words, text.stem, how, cut, out, bar.done)
     evaluation_options.show(found, json)

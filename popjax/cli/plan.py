@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import options
+from popjax.cli import method_options, options
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ def plan(
     model_ratio: options.ModelRatio = None,
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
+    min_tokens: method_options.MinTokens = None,
+    unseen: method_options.Unseen = None,
+    shared: method_options.Shared = None,
+    ends: method_options.Ends = None,
+    rest: method_options.Rest = None,
     context: Context = None,
     batch: Batch = 1,
     new_tokens: NewTokens = None,
@@ -70,7 +75,8 @@ def plan(
     Online pruning of half of the channels beside dense decoding, where nothing else is asked for.
     Exits with 1 where the request does not fit, and names the nearest one that does.
     """
-    chosen = _method(method, ratio, model_ratio, gamma, prefill)
+    own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
+    chosen = _method(method, ratio, model_ratio, {"gamma": gamma, "prefill": prefill, **own})
     target = _whole_target(target)
     with Status() as status:
         status.say("Reading the config")
@@ -90,17 +96,19 @@ def plan(
 
 
 def _method(
-    name: str | None,
-    ratio: float | None,
-    model_ratio: float | None,
-    gamma: float | None,
-    prefill: str | None,
+    name: str | None, ratio: float | None, model_ratio: float | None, own: dict[str, Any]
 ) -> Any:
-    if name == "dense":
-        return options.chosen_method(
-            name, ratio=ratio, model_ratio=model_ratio, gamma=gamma, prefill=prefill
+    from popjax.methods import takes
+
+    if takes(name, "statistics"):
+        raise typer.BadParameter(
+            f"a plan reads no weights, and what {name} prunes follows from statistics of them: "
+            "plan another method, such as frozen",
+            param_hint="--method",
         )
-    return options.pruning_method(name, ratio, model_ratio, gamma, prefill)
+    if name == "dense":
+        return options.chosen_method(name, ratio=ratio, model_ratio=model_ratio, **own)
+    return options.pruning_method(name, ratio, model_ratio, **own)
 
 
 def _whole_target(text: str) -> str:

@@ -50,19 +50,32 @@ def with_scout(model: LanguageModel, path: Path | None) -> LanguageModel:
     return dataclasses.replace(model, params=with_scouts(model.params, scouts))
 
 
-def calibrate_scout(model: LanguageModel, out: Path) -> None:
-    """Write the scout of a model, and say what it holds."""
+def check_ends(ends: str | None) -> None:
+    """Wrong usage for anything that `Scout` does not take either."""
+    from popjax.methods.row_budgets import ENDS
+
+    if ends is not None and ends not in ENDS:
+        raise typer.BadParameter(
+            f"ends {ends!r} is unknown: use one of {ENDS}", param_hint="--ends"
+        )
+
+
+def calibrate_scout(model: LanguageModel, out: Path, ends: bool = False) -> None:
+    """Write the scout of a model, that of its first and last layer too with `ends`.
+
+    Says what it holds.
+    """
     from popjax.inspection import format_bytes
     from popjax.scouts import make_scouts, save_scouts, scout_bytes, with_scouts
 
-    if model.config.num_layers < 3:
+    if model.config.num_layers < 3 and not ends:
         raise ValueError(
             f"a scout leaves the first and the last layer whole, and {model.name} has "
-            f"{model.config.num_layers}: it takes three layers or more"
+            f"{model.config.num_layers}: it takes three layers or more, or --ends pruned"
         )
     with Status() as status:
         status.say("Rounding gate and up")
-        scouts = make_scouts(model.params, model.config)
+        scouts = make_scouts(model.params, model.config, ends=ends)
     path = save_scouts(out, scouts, model.params, model.config)
     held = scout_bytes(with_scouts(model.params, scouts))
     layers = [model.params[f"layer_{i}"]["mlp"] for i in range(model.config.num_layers)]

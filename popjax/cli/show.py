@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli import cache_options, options, scout_options
+from popjax.cli import cache_options, method_options, options, scout_options
 from popjax.cli.terminal import Status, command, say, write
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ def show(
     gamma: options.Gamma = None,
     prefill: options.Prefill = None,
     statistics: options.Statistics = None,
+    min_tokens: method_options.MinTokens = None,
+    unseen: method_options.Unseen = None,
+    shared: method_options.Shared = None,
+    ends: method_options.Ends = None,
+    rest: method_options.Rest = None,
     scout: scout_options.ScoutFile = None,
     max_new_tokens: options.MaxNewTokens = DEFAULT_STEPS,
     chat: options.Chat = False,
@@ -62,12 +67,13 @@ def show(
     from popjax import picture
 
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
+    own |= {"gamma": gamma, "prefill": prefill, "statistics": statistics}
     chosen = None
     if eviction is None:
-        chosen = options.pruning_method(method, ratio, model_ratio, gamma, prefill, statistics)
+        chosen = options.pruning_method(method, ratio, model_ratio, **own)
     elif any(
-        value is not None
-        for value in (method, ratio, model_ratio, gamma, prefill, statistics, scout, layer)
+        value is not None for value in (method, ratio, model_ratio, scout, layer, *own.values())
     ):
         raise typer.BadParameter(
             "a picture shows channels or cache entries: drop the options of one", param_hint="--kv"

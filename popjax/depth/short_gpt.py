@@ -50,7 +50,10 @@ class ShortGPT(DepthMethod):
         assert dropped is not None, "one of the two is given"
         check_inside(dropped, config.num_layers)
         if len(dropped) == config.num_layers:
-            raise ValueError("short-gpt would drop every layer of the model: skip fewer")
+            raise ValueError(
+                f"short-gpt would drop every layer of the model's {config.num_layers}: skip fewer, "
+                "so that one is left"
+            )
         return ShortGPT(layers=dropped)
 
     def decode_layers(self, config: ModelConfig) -> tuple[int, ...]:

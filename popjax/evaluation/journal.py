@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 _SETTINGS = "popjax-evaluation"
 
@@ -57,9 +57,16 @@ class Journal:
 
     def _opened(self, path: Path) -> IO[bytes]:
         """The file, positioned after its last whole line, its values read."""
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: give the name of a file for the results")
-        file = path.open("r+b") if path.exists() else path.open("x+b")
+        try:
+            if path.exists() and not path.is_file():
+                kind = "folder" if path.is_dir() else "device"
+                raise ValueError(f"{path} is a {kind}: give --out the name of a file")
+            file = path.open("r+b") if path.exists() else path.open("x+b")
+        except OSError as error:
+            raise ValueError(
+                f"{str(path)[:80]} cannot be opened ({error.strerror}): give --out another name, "
+                "in a folder that exists"
+            ) from error
         try:
             lines = file.read().split(b"\n")
             whole = sum(len(line) + 1 for line in lines[:-1])
@@ -78,28 +85,47 @@ class Journal:
 
     def _read(self, path: Path, lines: list[bytes]) -> None:
         for number, line in enumerate(lines, 1):
+            settings = None
             try:
-                held = json.loads(line)
+                held = json.loads(line, parse_constant=_no_number)
                 if number == 1:
-                    self._check(path, held[_SETTINGS])
+                    settings = dict(**held[_SETTINGS])
                 else:
                     self._values[held["key"]] = held["value"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     _foreign(path)
                     if number == 1
                     else f"{path} is damaged at line {number}: remove that line, or give --out "
                     "another name"
                 ) from error
-
-    def _check(self, path: Path, held: dict[str, Any]) -> None:
-        for name in (*self._settings, *held):
-            mine, theirs = self._settings.get(name), held.get(name)
-            if mine != theirs:
+            if settings is not None and (others := list(_differences(settings, self._settings))):
                 raise ValueError(
-                    f"{path} holds results with {name} {theirs}, and this run has {mine}: use the "
-                    "same settings, or give --out another name"
+                    f"{path} holds results of other settings ({'; '.join(others)}): use the same "
+                    "settings, or give --out another name"
                 )
+
+
+def _differences(held: Mapping[str, Any], mine: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    """Each setting that differs, those of a case or method one by one: what it was, what it is."""
+    for name in dict.fromkeys((*held, *mine)):
+        theirs, now = held.get(name), mine.get(name)
+        if isinstance(theirs, dict) and isinstance(now, dict):
+            yield from _differences(theirs, now, f"{at}{name}: ")
+        elif theirs != now:
+            yield f"{at}{name} {_brief(theirs)}, now {_brief(now)}"
+
+
+def _brief(value: Any) -> str:
+    """A setting in a few words."""
+    if value is None or isinstance(value, dict):
+        return "none" if value is None else "given"
+    said = str(value)
+    return said if len(said) <= 40 else f"{said[:37]}..."
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no result")
 
 
 def _foreign(path: Path) -> str:

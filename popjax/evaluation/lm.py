@@ -124,7 +124,7 @@ class PopjaxLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside its results."""
-        return {"popjax_protocol": self.protocol, "popjax_case": self.case.words()}
+        return {"popjax_protocol": self.protocol, "popjax_case": self.case.settings()}
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from popjax.bench import DENSE
-from popjax.depth import DepthMethod
-from popjax.eviction import KvMethod
-from popjax.methods import Method
+from popjax.depth import DepthMethod, depth_method_name
+from popjax.eviction import KvMethod, kv_method_name
+from popjax.methods import Method, method_name
 
 SINGLE_PASS, SPLIT = "single-pass", "split"
 PROTOCOLS = {
@@ -22,6 +23,9 @@ PROTOCOLS = {
     SPLIT: "the context is prefilled and decides partition and eviction, the continuation is "
     "decoded under them, teacher-forced",
 }
+
+# Options that name a file, and what writes it.
+_FILES = {"statistics": "channels", "importance": "prefill-pruning"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +42,36 @@ class Case:
         """Whether nothing is pruned, evicted or skipped, so that rows of a batch share nothing."""
         return type(self.method) is Method and self.eviction is None and self.depth is None
 
-    def words(self) -> str:
-        """All that decides its numbers, for the settings of a run: of a statistics file its bytes.
+    def settings(self) -> dict[str, Any]:
+        """All that decides its numbers, for the settings of a run: of its files their bytes.
 
-        Raises ValueError where that file cannot be read.
+        Raises ValueError where a file cannot be read.
         """
-        said = repr((self.method, self.eviction, self.depth))
-        file = self.method.calibration
-        if file is None:
-            return said
-        try:
-            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-        except OSError as error:
-            raise ValueError(
-                f"statistics {file} cannot be read ({error.strerror}): write them with `popjax "
-                "calibrate channels`"
-            ) from error
-        return f"{said}, statistics {digest}"
+        kv, depth = self.eviction, self.depth
+        return {
+            "method": _said(method_name(self.method), self.method),
+            "kv": None if kv is None else _said(kv_method_name(kv), kv),
+            "depth": None if depth is None else _said(depth_method_name(depth), depth),
+        }
+
+
+def _said(name: str, method: Any) -> dict[str, Any]:
+    """A method's name and options, a digest in the place of the name of a file."""
+    found = {"name": name, **dataclasses.asdict(method)}
+    for option, kind in _FILES.items():
+        if found.get(option) is not None:
+            found[option] = _digest(option, found[option], kind)
+    return found
+
+
+def _digest(option: str, file: str, kind: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise ValueError(
+            f"{option} {file} cannot be read ({error.strerror}): write them with `popjax calibrate "
+            f"{kind}`"
+        ) from error
 
 
 def checked_protocol(name: str, case: Case) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from popjax import scouts
 from popjax.evaluation import local_tasks, perplexity
 from popjax.evaluation.encoding import Encoder
 from popjax.evaluation.journal import Journal
@@ -68,7 +69,8 @@ class How:
             "limit": self.limit,
             "num_fewshot": self.num_fewshot,
             "chat": self.chat,
-            "cases": {case.name: case.words() for case in cases},
+            "cases": {case.name: case.settings() for case in cases},
+            "scout": scouts.digest(model.params),
             **more,
         }
 

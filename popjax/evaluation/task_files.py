@@ -49,7 +49,8 @@ def load_task(path: Path, limit: int | None = None) -> Task:
         raise ValueError(f"there is no task file {path}: give a .jsonl file or a name lm-eval has")
     data = path.read_bytes()
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        # Not splitlines(): strings of JSON may hold the other ends of lines that it knows.
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it") from error
     items = [_item(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -75,6 +76,12 @@ def _item(path: Path, number: int, line: str) -> Item:
         held = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error.msg}): write one object a line") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply: write one flat object a line") from error
+    except ValueError as error:  # the one that Python raises for more digits than it reads
+        raise ValueError(
+            f"{where} has a number of too many digits: write the answer as the place of a choice"
+        ) from error
     if not isinstance(held, dict):
         raise ValueError(f"{where} is no JSON object: write context, choices and answer")
     missing = [name for name in ("context", "choices", "answer") if name not in held]
@@ -90,8 +97,21 @@ def _check(where: str, context: Any, choices: Any, answer: Any) -> None:
     several = isinstance(choices, list) and len(choices) > 1
     if not several or not all(isinstance(choice, str) and choice for choice in choices):
         raise ValueError(f"{where} has the choices {choices!r:.60}: write two or more strings")
+    for text in (context, *choices):
+        _check_text(where, text)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(f"{where} has the answer {answer!r}: write 0..{len(choices) - 1}")
+        raise ValueError(f"{where} has the answer {answer!r:.40}: write 0..{len(choices) - 1}")
+
+
+def _check_text(where: str, text: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON can escape and no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has half of a surrogate pair, {ascii(text[error.start])}, in a string: "
+            "write the whole character"
+        ) from error
 
 
 __all__ = ["Item", "Task", "load_task", "load_tasks"]

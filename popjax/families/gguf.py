@@ -71,11 +71,50 @@ def hf_config(
 Value = Callable[..., Any]
 
 
-def _mistral(value: Value) -> dict[str, Any]:
-    """A window is all that tells Mistral from Llama in such files."""
+def _llama(value: Value) -> dict[str, Any]:
+    """Experts tell Mixtral from Llama in such files, a window Mistral."""
     window = value("attention.sliding_window", None)
+    if value("expert_count", 0):
+        return {
+            "model_type": "mixtral",
+            "architectures": ["MixtralForCausalLM"],
+            **_experts(value, "num_local_experts"),
+            "sliding_window": window or None,
+        }
     names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     return {**names, "sliding_window": window} if window else {}
+
+
+def _experts(value: Value, count: str = "num_experts") -> dict[str, Any]:
+    """How many experts there are and are used. Raises ValueError where they weigh otherwise.
+
+    Readers of such files take a softmax over all experts, scaled by nothing.
+    """
+    function, scale = value("expert_gating_func", 0), float(value("expert_weights_scale", 0.0))
+    if function not in (0, 1) or scale not in (0.0, 1.0):
+        raise ValueError(
+            f"the GGUF file weights experts by function {function} and scale {scale:g}, which is "
+            "not supported: a softmax (1) without a scale is"
+        )
+    return {count: value("expert_count"), "num_experts_per_tok": value("expert_used_count")}
+
+
+def _normed(value: Value, usual: bool) -> dict[str, Any]:
+    """Experts of a family that says whether their weights sum to one; else as llama.cpp has it."""
+    return _experts(value) | {"norm_topk_prob": bool(value("expert_weights_norm", usual))}
+
+
+def _qwen_moe(value: Value, usual: bool) -> dict[str, Any]:
+    width = value("feed_forward_length") // max(1, value("expert_used_count"))
+    return _normed(value, usual) | {
+        "moe_intermediate_size": value("expert_feed_forward_length", width)
+    }
+
+
+def _qwen2_moe(value: Value) -> dict[str, Any]:
+    width = value("feed_forward_length")
+    shared = value("expert_shared_feed_forward_length", width)
+    return _qwen_moe(value, usual=False) | {"shared_expert_intermediate_size": shared}
 
 
 def _phi3(value: Value) -> dict[str, Any]:
@@ -116,13 +155,16 @@ def _gemma3(value: Value) -> dict[str, Any]:
 
 # Architecture -> model_type and class of the hub, and what config.json says beyond the sizes.
 _ARCHITECTURES: dict[str, tuple[str, str, Callable[[Value], dict[str, Any]]]] = {
-    "llama": ("llama", "Llama", _mistral),
+    "llama": ("llama", "Llama", _llama),
     "qwen2": ("qwen2", "Qwen2", lambda value: {}),
     "qwen3": ("qwen3", "Qwen3", lambda value: {}),
     "gemma2": ("gemma2", "Gemma2", _gemma2),
     "gemma3": ("gemma3_text", "Gemma3", _gemma3),
     "phi3": ("phi3", "Phi3", _phi3),
     "olmo2": ("olmo2", "Olmo2", lambda value: {}),
+    "qwen2moe": ("qwen2_moe", "Qwen2Moe", _qwen2_moe),
+    "qwen3moe": ("qwen3_moe", "Qwen3Moe", lambda value: _qwen_moe(value, usual=True)),
+    "olmoe": ("olmoe", "Olmoe", lambda value: _normed(value, usual=False)),
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from popjax.config import ModelConfig
-from popjax.families.family import HF_ROWS, Family, decoder_config
-from popjax.families.mixture import expert_rows, moe_config, with_experts
+from popjax.families.family import GGUF_ROWS, HF_ROWS, Family, decoder_config, permuted
+from popjax.families.mixture import GGUF_EXPERT_ROWS, expert_rows, moe_config, with_experts
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
@@ -20,4 +20,6 @@ FAMILY = Family(
     model_type="mixtral",
     config=_config,
     hf_rows=(*HF_ROWS, *expert_rows("block_sparse_moe", "w1", "w3", "w2")),
+    gguf_rows=permuted((*GGUF_ROWS, *GGUF_EXPERT_ROWS)),
+    gguf_architecture="llama",
 )

@@ -1,7 +1,7 @@
 """What families with mixtures of experts share: names of tensors, and experts added to a config.
 
-An expert is one FFN a tensor in files and one slice of a parameter here, hence `[{e}]`. Left out:
-GGUF files of mixtures, which popjax does not read.
+An expert is one FFN a tensor in safetensors and one slice of a parameter here, hence `[{e}]`; GGUF
+has one tensor for all experts of a layer. Left out: GGUF files of 2023, with one for each expert.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     )
 
 
+GGUF_EXPERT_ROWS = (
+    Row("blk.{i}.ffn_gate_inp.weight", "layer_{i}/moe/router", "same"),
+    Row("blk.{i}.ffn_gate_exps.weight", "layer_{i}/moe/gate", "same"),
+    Row("blk.{i}.ffn_up_exps.weight", "layer_{i}/moe/up", "same"),
+    Row("blk.{i}.ffn_down_exps.weight", "layer_{i}/moe/down", "transpose_each"),
+)
 EXPERT_ROWS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
 
 
@@ -52,9 +58,10 @@ def moe_config(raw: dict[str, Any], width: str, renormalise: bool, **fields: Any
     Raises ValueError naming a bad value.
     """
     # Newer files of one family carry the name that older ones of another do.
-    named = "num_experts" if "num_experts" in raw else "num_local_experts"
+    older = "num_local_experts" in raw and "num_experts" not in raw
+    named = "num_local_experts" if older else "num_experts"
     num_experts = required(raw, named, "num_experts")
-    top_k = required(raw, "num_experts_per_tok", "num_experts")
+    top_k = required(raw, "num_experts_per_tok", "num_experts_per_tok")
     return MoeConfig(num_experts, top_k, required(raw, width, "expert_dim"), renormalise, **fields)
 
 

@@ -7,18 +7,19 @@ from typing import Any
 from checkpoints import Row
 from popjax.config import ModelConfig
 from popjax.families.family import (
+    GGUF_ROWS,
     HF_O_BIAS_ROW,
     HF_QKV_BIAS_ROWS,
     HF_ROWS,
     Family,
     decoder_config,
 )
-from popjax.families.mixture import EXPERT_ROWS, moe_config, with_experts
+from popjax.families.mixture import EXPERT_ROWS, GGUF_EXPERT_ROWS, moe_config, with_experts
 
-_NORM_ROWS = tuple(
-    Row(f"model.layers.{{i}}.self_attn.{x}_norm.weight", f"layer_{{i}}/attn/{x}_all_norm", "split")
-    for x in "qk"
-)
+
+def _norm_rows(name: str) -> tuple[Row, ...]:
+    """Rows of both norms of heads, `name` holding the letter's place."""
+    return tuple(Row(name.format(x=x), f"layer_{{i}}/attn/{x}_all_norm", "split") for x in "qk")
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
@@ -38,5 +39,13 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
 FAMILY = Family(
     model_type="olmoe",
     config=_config,
-    hf_rows=(*HF_ROWS, *_NORM_ROWS, *HF_QKV_BIAS_ROWS, HF_O_BIAS_ROW, *EXPERT_ROWS),
+    hf_rows=(
+        *HF_ROWS,
+        *_norm_rows("model.layers.{{i}}.self_attn.{x}_norm.weight"),
+        *HF_QKV_BIAS_ROWS,
+        HF_O_BIAS_ROW,
+        *EXPERT_ROWS,
+    ),
+    gguf_rows=(*GGUF_ROWS, *_norm_rows("blk.{{i}}.attn_{x}_norm.weight"), *GGUF_EXPERT_ROWS),
+    gguf_architecture="olmoe",
 )

@@ -10,6 +10,8 @@ from typing import Any
 from checkpoints import Row
 from popjax.config import ModelConfig
 from popjax.families.family import (
+    GGUF_QKV_BIAS_ROWS,
+    GGUF_ROWS,
     HF_QKV_BIAS_ROWS,
     HF_ROWS,
     Family,
@@ -17,7 +19,13 @@ from popjax.families.family import (
     listed_windows,
     required,
 )
-from popjax.families.mixture import EXPERT_ROWS, dense_layers, moe_config, with_experts
+from popjax.families.mixture import (
+    EXPERT_ROWS,
+    GGUF_EXPERT_ROWS,
+    dense_layers,
+    moe_config,
+    with_experts,
+)
 
 _SHARED = "model.layers.{i}.mlp.shared_expert"
 _SHARED_ROWS = (
@@ -25,6 +33,12 @@ _SHARED_ROWS = (
     Row(f"{_SHARED}.up_proj.weight", "layer_{i}/shared/up", "same"),
     Row(f"{_SHARED}.down_proj.weight", "layer_{i}/shared/down", "transpose"),
     Row(f"{_SHARED}_gate.weight", "layer_{i}/moe/shared_gate", "row"),
+)
+_GGUF_SHARED_ROWS = (
+    Row("blk.{i}.ffn_gate_shexp.weight", "layer_{i}/shared/gate", "same"),
+    Row("blk.{i}.ffn_up_shexp.weight", "layer_{i}/shared/up", "same"),
+    Row("blk.{i}.ffn_down_shexp.weight", "layer_{i}/shared/down", "transpose"),
+    Row("blk.{i}.ffn_gate_inp_shexp.weight", "layer_{i}/moe/shared_gate", "same"),
 )
 
 
@@ -50,4 +64,6 @@ FAMILY = Family(
     model_type="qwen2_moe",
     config=_config,
     hf_rows=(*HF_ROWS, *HF_QKV_BIAS_ROWS, *EXPERT_ROWS, *_SHARED_ROWS),
+    gguf_rows=(*GGUF_ROWS, *GGUF_QKV_BIAS_ROWS, *GGUF_EXPERT_ROWS, *_GGUF_SHARED_ROWS),
+    gguf_architecture="qwen2moe",
 )

@@ -6,6 +6,8 @@ from typing import Any
 
 from popjax.config import ModelConfig
 from popjax.families.family import (
+    GGUF_QK_NORM_ROWS,
+    GGUF_ROWS,
     HF_O_BIAS_ROW,
     HF_QK_NORM_ROWS,
     HF_QKV_BIAS_ROWS,
@@ -13,7 +15,13 @@ from popjax.families.family import (
     Family,
     decoder_config,
 )
-from popjax.families.mixture import EXPERT_ROWS, dense_layers, moe_config, with_experts
+from popjax.families.mixture import (
+    EXPERT_ROWS,
+    GGUF_EXPERT_ROWS,
+    dense_layers,
+    moe_config,
+    with_experts,
+)
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
@@ -30,4 +38,6 @@ FAMILY = Family(
     model_type="qwen3_moe",
     config=_config,
     hf_rows=(*HF_ROWS, *HF_QK_NORM_ROWS, *HF_QKV_BIAS_ROWS, HF_O_BIAS_ROW, *EXPERT_ROWS),
+    gguf_rows=(*GGUF_ROWS, *GGUF_QK_NORM_ROWS, *GGUF_EXPERT_ROWS),
+    gguf_architecture="qwen3moe",
 )

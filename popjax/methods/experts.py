@@ -50,8 +50,12 @@ class ExpertRules:
 
     def __post_init__(self) -> None:
         whole = isinstance(self.min_tokens, int) and not isinstance(self.min_tokens, bool)
-        if not whole or self.min_tokens < 0:
-            raise ValueError(f"min_tokens {self.min_tokens!r} is not a whole number: give a count")
+        # An expert that no token reached has no scores to be ranked by.
+        if not whole or self.min_tokens < 1:
+            raise ValueError(
+                f"min_tokens {self.min_tokens!r} is not a whole number of at least 1: give the "
+                "tokens that an expert must have seen"
+            )
         if self.unseen not in UNSEEN:
             raise ValueError(f"unseen {self.unseen!r} is unknown: use one of {UNSEEN}")
 
@@ -128,9 +132,9 @@ def _sums_by_product(rows: jax.Array, experts: jax.Array, sizes: jax.Array) -> j
 
 
 def row_norms(w: jax.Array) -> jax.Array:
-    """L2 norm [..., M], float32, of every row of w [..., M, D]."""
+    """L2 norm [E, M], float32, of every row of w [E, M, D], or of its tiles."""
     w = w.astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(w * w, axis=-1))
+    return jnp.sqrt(jnp.sum(w * w, axis=tuple(range(2, w.ndim))))
 
 
 def weight_scores_of(params: Params, wanted: jax.Array) -> jax.Array:
@@ -160,8 +164,10 @@ def expert_scores(
     Kind "griffin" is || {h_ti / ||h_t||}_t || with no weight.
     """
     if kind == "gate-up":
-        squares = sum(params[name].astype(jnp.float32) ** 2 for name in ("gate", "up"))
+        gate, up = (params[name].astype(jnp.float32) for name in ("gate", "up"))
+        squares = gate * gate + up * up
         energy = acts.input_energy(gate_weighted=gate_weighted)
+        squares = squares.reshape(*squares.shape[:2], -1)
         scores = jnp.sqrt(jnp.einsum("EMD,ED->EM", squares, energy))
     else:
         normalised = kind == "griffin"

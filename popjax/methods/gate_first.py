@@ -1,8 +1,9 @@
 """GateFirst: the gate of most channels is evaluated, and says which few of them a token needs.
 
 Ours, of no paper. The prompt drops only the channels that it used least; of the others each token
-takes its own best, judged by its gate, and up and down are read of those alone. So at equal bytes
-far more channels can be chosen from than where the prompt decides nearly all.
+takes its own best, judged by its gate: up is read of those alone, and down of the best of these by
+what they then are. So at equal bytes far more channels can be chosen from than where the prompt
+decides nearly all.
 Left out: FFNs without a gate, and mixtures of experts.
 """
 
@@ -34,13 +35,21 @@ from popjax.sparsity import (
 class GateStatistic:
     """Of each channel, [F] float32: ||h_i|| ||Wd_i|| and ||u_i|| of the prompt, and by weights.
 
-    h and u are gated and up activations, their norms over the prompt's tokens. All are times the
-    gain factor where a norm follows the layer.
+    h and u are gated and up activations, their norms over the prompt's tokens. `gain`: the factor
+    of a norm that follows the layer, of which `used` and `weights` have it already; one without.
     """
 
     used: jax.Array
     up: jax.Array
     weights: jax.Array
+    gain: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class GateBudget(ChannelBudget):
+    """Counts of a layer; of `tried` channels up is evaluated before the product chooses."""
+
+    tried: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +58,13 @@ class GateFirst(Method):
 
     A step evaluates the gates of the E channels that the prompt used most, ranks these for each
     token by |act(g_i)| ||u_i|| ||Wd_i||, with ||u_i|| over the prompt's tokens in the place of this
-    token's |u_i| and Wd_i times the gain of a norm that follows, and evaluates up and down of the
-    best K. E + 2 K rows are what OnlinePruning reads (gamma 0.1), about half of them gates: see
-    `gate_budget`. The prompt runs dense.
+    token's |u_i| and Wd_i times the gain of a norm that follows, evaluates up of the best U, and
+    ranks these by |h_i| ||Wd_i||: down is read of the best K. E + U + K rows are what OnlinePruning
+    reads (gamma 0.1), more than half of them gates: see `gate_budget`. The prompt runs dense.
 
     ends: "pruned" treats all layers alike; "dense" leaves the first and the last whole and prunes
-      the others more, at the same bytes in all.
+      the others more, at the same bytes in all. First and last of those that run the prompt, where
+      a depth method skips some.
     static: the share that the weights alone, ||Wg_i|| ||Wu_i|| ||Wd_i||, have in the choice of E,
       beside the prompt's ||h_i|| ||Wd_i||, either scaled to a mean of one.
     batch_shared: one choice for the batch; by row otherwise.
@@ -83,7 +93,7 @@ class GateFirst(Method):
         self.budgets(config)
         return self
 
-    def budgets(self, config: ModelConfig) -> tuple[ChannelBudget, ...]:
+    def budgets(self, config: ModelConfig) -> tuple[GateBudget, ...]:
         """Counts of each layer. Raises ValueError where dense ends leave the others nothing."""
         widths = [layer.channels for layer in config.layers]
         rows = [rows_of_online_pruning(F, self.ratio) for F in widths]
@@ -96,37 +106,44 @@ class GateFirst(Method):
 
     def observe(self, params: Params, acts: LayerActs) -> GateStatistic:
         used = token_norms(acts.counted_channels()) * down_norms(params["down"])
-        found = GateStatistic(used, token_norms(acts.counted_ups()), weight_scores(params))
         factors = gain_factors(params, acts)
-        return found if factors is None else jax.tree.map(lambda s: s * factors, found)
+        gain = jnp.ones_like(used) if factors is None else factors
+        ups = token_norms(acts.counted_ups())
+        return GateStatistic(used * gain, ups, weight_scores(params) * gain, gain)
 
     def combine(self, before: GateStatistic, now: GateStatistic) -> GateStatistic:
         found = super().combine(before, now)
-        return dataclasses.replace(found, weights=now.weights)
+        return dataclasses.replace(found, weights=now.weights, gain=now.gain)
 
     def plan(self, config: ModelConfig, statistics: tuple[Any, ...]) -> Plan:
         pairs = zip(statistics, self.budgets(config), strict=True)
         return Plan(tuple(self._partition(*pair) for pair in pairs))
 
-    def _partition(self, statistic: GateStatistic, budget: ChannelBudget) -> ChannelPartition:
+    def _partition(self, statistic: GateStatistic, budget: GateBudget) -> ChannelPartition:
         scores = (1 - self.static) * _scaled(statistic.used)
         scores = scores + self.static * _scaled(statistic.weights)
         part = partition_by_rank(scores, budget)
-        factor = statistic.up[part.candidate]
-        return dataclasses.replace(part, candidate_factor=factor, point="gate")
+        return dataclasses.replace(
+            part,
+            candidate_factor=statistic.gain[part.candidate],
+            candidate_up=statistic.up[part.candidate],
+            tried=budget.tried,
+            point="gate",
+        )
 
     def selection(self, partition: ChannelPartition) -> Selection | None:
         return partition.selection(shared=self.batch_shared)
 
 
-def gate_budget(mlp_dim: int, rows: int) -> ChannelBudget:
-    """How so many rows of F channels are spent: on E gates, then on up and down of the best K.
+def gate_budget(mlp_dim: int, rows: int) -> GateBudget:
+    """How so many rows of F channels are spent: on E gates, then up of the best U, down of K.
 
-    17 of 32 on gates, but on no more than there are: E = 0.85 F and K = 0.375 F where OnlinePruning
-    reads 1.6 F rows, at ratio 0.5. Of an odd number of rows one is left where E = F.
+    Nine of sixteen on gates, but on no more than there are, and of what is left nine of fourteen on
+    up: E = 0.9 F, U = 0.45 F and K = 0.25 F where OnlinePruning reads 1.6 F rows, at ratio 0.5.
     """
-    chosen = (rows - min(mlp_dim, rows * 17 // 32)) // 2
-    return ChannelBudget(0, min(mlp_dim, rows - 2 * chosen), chosen)
+    evaluated = min(mlp_dim, rows * 9 // 16)
+    tried = min(evaluated, (rows - evaluated) * 9 // 14)
+    return GateBudget(0, evaluated, rows - evaluated - tried, tried)
 
 
 def _scaled(scores: jax.Array) -> jax.Array:

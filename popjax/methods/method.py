@@ -180,7 +180,12 @@ def check_evaluated(
 
 def check_share(name: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
     """Raise ValueError unless `value` is a number within low..high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if not isinstance(value, int | float):
+        raise ValueError(
+            f"{name} {value!r} is a {type(value).__name__}: give a Python number in "
+            f"{low:g}..{high:g}, as float() makes one"
+        )
+    if isinstance(value, bool) or not low <= value <= high:
         raise ValueError(
             f"{name} {value!r} is outside {low:g}..{high:g}: give a share in that range"
         )

@@ -109,11 +109,21 @@ class OnlinePruning(Method):
                 "online-pruning with prefill='probe' scores a part of the prompt, which leaves "
                 "most experts of a mixture without tokens: use prefill='partition' or 'dense'"
             )
+        self._check_rules(config)
         if self.shared == "pruned":
             self._check_beside(config)
         if self.granularity > 1:
             warn_of_rounding(config, self.ratio, self.delta, self.granularity)
         return self
+
+    def _check_rules(self, config: ModelConfig) -> None:
+        for name, usual in (("min_tokens", 1), ("unseen", "weights")):
+            given = getattr(self, name)
+            if given != usual and not any(layer.moe for layer in config.layers):
+                raise ValueError(
+                    f"{name} {given!r} is of experts, and this {config.family} model has none: "
+                    f"leave {name}={usual!r}"
+                )
 
     def _check_beside(self, config: ModelConfig) -> None:
         widths = {i: y.mlp_dim for i, y in enumerate(config.layers) if y.moe and y.mlp_dim}

@@ -45,16 +45,18 @@ class Scout(Method):
     """Prune as many bytes of a step as OnlinePruning at `ratio`, by what a scout foretells.
 
     A step evaluates every channel from the copies and ranks them by |h_i| ||Wd_i||, Wd_i times the
-    gain of a norm that follows. The best few
-    are evaluated anew with gate and up as they are; they and the next best, as foretold, go on to
+    gain of a norm that follows. Against four-bit copies its input is rounded to eight bits
+    (`kernels_pallas.row_products.rounded`), so that a CPU works in integers. The best few are
+    evaluated anew with gate and up as they are; they and the next best, as foretold, go on to
     down. Copies and rows are what OnlinePruning reads (gamma 0.1), in weights of sixteen bits: see
     `scout_budget`. The prompt runs dense.
     Needs parameters with scouts: `popjax.scouts.with_scouts`.
 
     ends: "dense" leaves the first and the last layer whole and prunes the others more, at the same
-      bytes in all, and needs no scout there; "pruned" treats all layers alike.
+      bytes in all, and needs no scout there; "pruned" treats all layers alike. Where a depth method
+      skips layers, first and last are of those that run the prompt: the others decode whole anyway.
     rest: "foretold" as above; "off" lets nothing but exact channels go on, so fewer.
-    bits, group: of the copies, as they were made.
+    bits, group: of the copies, as they were made; a run refuses others.
     Raises ValueError for values outside their range.
     """
 
@@ -70,10 +72,11 @@ class Scout(Method):
             raise ValueError(f"ends {self.ends!r} is unknown: use one of {ENDS}")
         if self.rest not in RESTS:
             raise ValueError(f"rest {self.rest!r} is unknown: use one of {RESTS}")
-        if self.bits not in (4, 8) or self.group < 32:
+        whole = all(type(count) is int for count in (self.bits, self.group))
+        if not whole or self.bits not in (4, 8) or self.group < 32 or self.group & self.group - 1:
             raise ValueError(
                 f"bits {self.bits!r} in groups of {self.group!r} make no scout: use 4 or 8, and a "
-                "group from 32 on"
+                "power of two from 32 on"
             )
 
     def for_model(self, config: ModelConfig) -> Scout:
@@ -97,6 +100,7 @@ class Scout(Method):
 
     def observe(self, params: Params, acts: LayerActs) -> Any:
         """The gain factors [F] of a norm that follows, which no prompt changes; () without one."""
+        scouts.check_form(params, self.bits, self.group)
         factors = gain_factors(params, acts)
         return () if factors is None else factors
 

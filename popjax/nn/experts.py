@@ -15,19 +15,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.masked_mlp import NATIVE
 from popjax.config import LayerConfig, ModelConfig, MoeConfig
 from popjax.expert_partition import ExpertPartition
 from popjax.methods.experts import ExpertActs, ExpertStatistic
 from popjax.methods.method import Method
+from popjax.nn import expert_rows
 from popjax.nn import moe as mixture
 from popjax.nn.expert_masks import expert_mask, over_channels
-from popjax.nn.layers import Mlp, declare
+from popjax.nn.layers import Mlp, declare, declare_rows
 from popjax.sparsity import ChannelPartition, Params, unrouted, whole_partition
-
-# The CPU kernels read a list of rows for each token, however many name the same expert: beyond so
-# many pairs an expert, sorting them is faster.
-_PAIRS_AN_EXPERT = 4
 
 
 class Moe(nn.Module):
@@ -43,7 +39,7 @@ class Moe(nn.Module):
     def setup(self) -> None:
         self.router = declare(self, "router", self.config)
         self.gate, self.up, self.down = (
-            declare(self, name, self.config) for name in ("gate", "up", "down")
+            declare_rows(self, name, self.config) for name in ("gate", "up", "down")
         )
         if self._moe.shared_gate:
             self.shared_gate = declare(self, "shared_gate", self.config)
@@ -77,8 +73,7 @@ class Moe(nn.Module):
         that the method would choose.
         """
         flat, routes = self._routed(x, valid)
-        listed = self._lists_rows(routes)
-        work = self._listed if listed else self._ragged
+        work = self._listed if self._lists_rows(routes, part) else self._ragged
         of_experts, of_shared = _split(recorded, part, self._moe)
         y, mask = work(flat, routes, part, of_experts, x.shape[:2])
         y = y.reshape(x.shape)
@@ -118,11 +113,10 @@ class Moe(nn.Module):
         scale = jnp.einsum("BTD,D->BT", x, self.shared_gate, preferred_element_type=jnp.float32)
         return y * jax.nn.sigmoid(scale).astype(y.dtype)[:, :, None]
 
-    def _lists_rows(self, routes: mixture.Routes) -> bool:
-        if self.implementation not in NATIVE:
-            return False
-        few = routes.experts.size <= _PAIRS_AN_EXPERT * self._moe.here
-        return few or self.implementation == "native"
+    def _lists_rows(self, routes: mixture.Routes, part: ExpertPartition | None) -> bool:
+        tiled, tokens = self.down.ndim > 3, routes.experts.shape[0]
+        how = expert_rows.listing(self.implementation, tiled, tokens, self._moe, part)
+        return how is not None
 
     def _listed(
         self,
@@ -138,12 +132,12 @@ class Moe(nn.Module):
         if part is not None and not part.in_order:
             assert part.order is not None, "with_order() fills in the order"
             listed, counts = part.order[:, : part.width], part.counts()
-        named = mixture.rows_of(routes, shape, listed, counts)
-        h = mixture.listed_channels(x, named, weights, self.config.activation)
+        named = expert_rows.rows_of(routes, shape, listed, counts)
+        how = self.implementation
+        h = expert_rows.listed_channels(x, named, weights, self.config.activation, how)
         mask = self._mask(h, routes, part, recorded, rows, channels=False)
-        if mask is not None:
-            h = jnp.where(mask.reshape(h.shape), h, jnp.zeros((), h.dtype))
-        return mixture.listed_output(h, named, routes, weights), mask
+        on = None if mask is None else mask.reshape(h.shape)
+        return expert_rows.listed_output(h, named, routes, weights, on, how), mask
 
     def _ragged(
         self,

@@ -40,6 +40,18 @@ def declare(module: nn.Module, name: str, config: ModelConfig) -> jax.Array:
     return module.param(name, init, shape)
 
 
+def declare_rows(module: nn.Module, name: str, config: ModelConfig) -> jax.Array:
+    """As `declare` of a matrix [..., D], which may be kept as tiles [..., D/128, 128]."""
+    held = module.get_variable("params", name)
+    *lead, width = axes.shape("/".join((*module.path, name)), config)
+    if held is None or held.ndim == len(lead) + 1:
+        return declare(module, name, config)
+    if held.shape != (*lead, width // held.shape[-1], held.shape[-1]):
+        rows = " x ".join(map(str, lead))
+        raise ValueError(f"{name} has shape {held.shape}, expected {rows} rows of {width} weights")
+    return held
+
+
 def summed(y: jax.Array, shards: tuple[str, ...] | None) -> jax.Array:
     """The sum of y over the shards of a mesh; y itself without one."""
     return y if shards is None else jax.lax.psum(y, shards)
@@ -164,19 +176,9 @@ class Mlp(nn.Module):
     after: Norm | None = None
 
     def setup(self) -> None:
-        self.gate = self._matrix("gate") if self.config.gated else None
-        self.up, self.down = self._matrix("up"), self._matrix("down")
+        self.gate = declare_rows(self, "gate", self.config) if self.config.gated else None
+        self.up, self.down = (declare_rows(self, name, self.config) for name in ("up", "down"))
         self.up_bias = declare(self, "up_bias", self.config) if self.config.mlp_bias else None
-
-    def _matrix(self, name: str) -> jax.Array:
-        """The parameter [F, D], or [F, D/128, 128] where it is kept as tiles."""
-        held = self.get_variable("params", name)
-        if held is None or held.ndim == 2:
-            return declare(self, name, self.config)
-        F, D = axes.shape("/".join((*self.path, name)), self.config)
-        if held.shape != (F, D // held.shape[-1], held.shape[-1]):
-            raise ValueError(f"{name} has shape {held.shape}, expected {F} rows of {D} weights")
-        return held
 
     def _weights(self) -> Params:
         matrices = {"gate": self.gate, "up": self.up, "down": self.down}

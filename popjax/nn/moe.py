@@ -1,10 +1,10 @@
-"""A mixture of experts as pure functions: one router, and three ways to the same output.
+"""A mixture of experts as pure functions: one router, and two ways to the same output.
 
 `dense` evaluates every expert for every token and says what is meant. `ragged` sorts tokens by
-expert, so that each matrix meets its own tokens: prompts, and decoding where XLA runs. `listed`
-reads rows by index with the CPU kernels, those of a token's own experts and of them only the
-evaluated ones. E are the experts held here; a token whose expert is E goes nowhere: padding, or an
-expert of another device. Leaves out which channels are on: that is `expert_masks`.
+expert, so that each matrix meets its own tokens: prompts, and decoding where XLA runs. A third,
+which reads rows by index, is `expert_rows`. E are the experts held here; a token whose expert is E
+goes nowhere: padding, or an expert of another device. Leaves out which channels are on: that is
+`expert_masks`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flax import struct
 
 from kernels_pallas import grouped_products
 from kernels_pallas.masked_mlp import ACTIVATIONS, NATIVE
-from kernels_pallas.row_products import contract_rows, expand, expand_rows
+from kernels_pallas.row_products import expand
 from popjax.config import MoeConfig
 from popjax.sparsity import Params
 
@@ -121,46 +121,3 @@ def ragged_output(h: jax.Array, order: Order, routes: Routes, weights: Params) -
     """Output [N, D] of h [N k, F] of sorted pairs."""
     y = grouped_products.contract(h, weights["down"], order.sizes)
     return weighted(order.back(y), routes)
-
-
-@struct.dataclass
-class Rows:
-    """Channels of each pair's expert: numbers [N k, W] in w [E F, D], of which counts [N k] count.
-
-    None of a pair that goes nowhere.
-    """
-
-    numbers: jax.Array
-    counts: jax.Array
-
-
-def rows_of(
-    routes: Routes, shape: tuple[int, ...], listed: jax.Array, counts: jax.Array | None = None
-) -> Rows:
-    """Rows of w, of shape [E, F, D], whose channels are listed [1 or E, W], first counts [E]."""
-    E, F = shape[:2]
-    experts = routes.experts.reshape(-1)
-    held = jnp.minimum(experts, E - 1)
-    channels = listed if listed.shape[0] == 1 else listed[held]
-    count = jnp.int32(listed.shape[1]) if counts is None else counts[held].astype(jnp.int32)
-    return Rows(held[:, None] * F + channels, jnp.where(experts < E, count, 0))
-
-
-def listed_channels(x: jax.Array, rows: Rows, weights: Params, activation: str) -> jax.Array:
-    """h [N k, W] of tokens x [N, D] by the CPU kernels."""
-    pairs = jnp.repeat(x, rows.numbers.shape[0] // x.shape[0], axis=0)
-    gate, up = (
-        expand_rows(pairs, _flat(weights[name]), rows.numbers, rows.counts, "native")
-        for name in ("gate", "up")
-    )
-    return ACTIVATIONS[activation](gate) * up
-
-
-def listed_output(h: jax.Array, rows: Rows, routes: Routes, weights: Params) -> jax.Array:
-    """Output [N, D] of h [N k, W] by the CPU kernels."""
-    y = contract_rows(h, _flat(weights["down"]), rows.numbers, rows.counts, "native")
-    return weighted(y, routes)
-
-
-def _flat(w: jax.Array) -> jax.Array:
-    return w.reshape(-1, w.shape[-1])

@@ -41,6 +41,20 @@ def test_a_token_reads_its_own_experts() -> None:
     assert reads[1] - reads[0] == 3 * 8 * 768 * 2048 * 2
 
 
+def test_pruned_experts_are_read_by_rows() -> None:
+    """Gate and up of R u C, down of what is on: .55 M and .5 M at ratio .5."""
+    target = parse_target("v5e:1x1")
+    dense, pruned = (
+        counted(made, Program(0.0), Program(0.0)).read_weights
+        for method in (Method(), OnlinePruning(0.5))
+        for made in [Rehearsal(Workload(CONFIG, method, target, context=512))]
+    )
+    part = Rehearsal(Workload(CONFIG, OnlinePruning(0.5), target, context=512)).parts
+    width, on = part[0].width, part[0].num_retained + part[0].k_selected
+    assert (width, on) == (422, 384)
+    assert dense - pruned == 8 * (3 * 768 - 2 * width - on) * 2048 * 2
+
+
 def test_a_packed_shared_ffn_is_counted_beside_its_experts() -> None:
     config = model_config({**QWEN15_MOE, "num_hidden_layers": 1})
     method = OnlinePruning(0.5, shared="pruned")

@@ -51,7 +51,8 @@ def prompts(count: int = 4, length: int = 24) -> list[list[int]]:
 def file_of(family: str) -> str:
     """A file of statistics of the family's tiny model."""
     params, config = params_of(family), config_of(family)
-    path = Path(_FOLDER.name) / f"{family}.safetensors"
+    # A folder of its own: what functions remember may be dropped between files of tests.
+    path = Path(tempfile.mkdtemp(dir=_FOLDER.name)) / f"{family}.safetensors"
     return str(save_statistics(path, measure(params, config, prompts()), params, config, "noise"))
 
 

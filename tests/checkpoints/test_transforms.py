@@ -28,6 +28,12 @@ def llama_cpp_permute(weight: np.ndarray, heads: int) -> np.ndarray:
         ("split", (N * H,), (N, H), lambda s, n, h, d: (s[n * H + h], (n, h))),
         ("transpose", (D, F), (F, D), lambda s, n, h, d: (s[d, n], (n, d))),
         ("transpose_split", (D, N * H), (N, H, D), lambda s, n, h, d: (s[d, n * H + h], (n, h, d))),
+        (
+            "transpose_each",
+            (N, D, H),
+            (N, H, D),
+            lambda s, n, h, d: (s[n, d, h], (n, h, d)),
+        ),
         # Row 2 j + half of a stored head is row half * H/2 + j of ours.
         (
             "unpermute_split",
@@ -72,7 +78,7 @@ def test_unpermute_undoes_llama_cpp(trailing):
     rank=st.integers(2, 3),
 )
 def test_round_trip(name, sizes, rank):
-    rank = {"transpose": 2, "transpose_split": 3}.get(name, rank)
+    rank = {"transpose": 2, "transpose_split": 3, "transpose_each": 3}.get(name, rank)
     target, transform = sizes[:rank], TRANSFORMS[name]
     source = values(*transform.source_shape(target))
     ours = transform.forward(source, target)
@@ -88,6 +94,7 @@ def test_round_trip(name, sizes, rank):
         ("split", (4,), "rank 2 or 3, got shape \\(4,\\)"),
         ("transpose", (1, 2, 3), "rank 2, got"),
         ("transpose_split", (1, 2), "rank 3, got"),
+        ("transpose_each", (1, 2), "rank 3, got"),
         ("unpermute_split", (2, 3), "even H, got shape \\(2, 3\\)"),
     ],
 )

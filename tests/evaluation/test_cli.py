@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -11,13 +12,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from popjax import LanguageModel, PrefillPruning, SnapKV
+from popjax import LanguageModel, PrefillPruning, ShortGPT, SnapKV
 from popjax.cli import app
 from popjax.cli.evaluation_options import chosen_cases
 from popjax.continuation import continuation_logprobs
 from popjax.evaluation import scoring
+from popjax.evaluation.protocols import Case
+from popjax.evaluation.run import How
 from popjax.evaluation.windows import cut_windows
-from popjax.methods import Method, OnlinePruning
+from popjax.methods import FLAP, Method, OnlinePruning
+from popjax.scouts import make_scouts, with_scouts
 from tests.evaluation.conftest import ITEMS
 
 ONLINE = ("--ratio", "0.5")
@@ -106,6 +110,10 @@ def test_an_interrupted_run_goes_on_and_others_are_refused(
     assert calls == 1000, "everything was there"
     other = command("eval", "--tasks", file, "--ratio", "0.3", "--out", str(out))
     assert other.exit_code == 1 and "use the same settings, or give --out" in said(other)
+    wanted = "of other settings (cases: online-pruning ratio 0.5 given, now none; cases: online-"
+    assert wanted in said(other)
+    banded = command("eval", "--tasks", file, *SMALL, "--gamma", "0.2", "--out", str(out))
+    assert "(cases: online-pruning ratio 0.5: method: gamma 0.1, now 0.2)" in said(banded)
 
 
 def test_perplexity_of_windows_is_paired_with_dense(
@@ -147,6 +155,9 @@ def test_single_pass_perplexity_rolls_over_the_text(command: Any, tmp_path: Path
     assert few.exit_code == 0 and " a word" not in said(few)
     other = command("perplexity", *asked, "--windows", "2", "--out", str(out))
     assert other.exit_code == 1 and "use the same settings" in said(other)
+    for option in ("--prefix", "--scored"):
+        unused = command("perplexity", *asked, option, "8")
+        assert unused.exit_code == 2 and f"{option}: single-pass scores every token" in said(unused)
     many = command("perplexity", *asked, "--windows", "1000")
     assert many.exit_code == 1 and "give a longer text, or fewer" in said(many)
 
@@ -170,6 +181,10 @@ def test_cases_are_named_by_what_they_take_away() -> None:
         (["--method", "griffin"], 2, "needs a ratio"),
         (["--method", "griffin", "--method", "griffin", "--ratio", "0.5"], 2, "named twice"),
         (["--no-dense"], 2, "nothing is left to score"),
+        (["--method", "dense", "--ratio", "0.5"], 2, "--method: dense decoding prunes nothing"),
+        (["--num-fewshot", "2"], 2, "--num-fewshot: it is of tasks that lm-eval has, and only"),
+        (["--include-path", "."], 2, "--include-path: it is of tasks that lm-eval has"),
+        (["--tasks", "arc_easy", "--include-path", "nowhere"], 2, "there is no folder nowhere"),
         (["--max-length", "5000"], 1, "max_length 5000 is outside 2..1024"),
         (["--max-length", "4"], 1, "of pets has 7 tokens, above"),
     ],
@@ -252,3 +267,43 @@ def test_a_ratio_that_cannot_be_served_begins_no_file(command: Any, tmp_path: Pa
 def test_no_task_is_wrong_usage(command: Any) -> None:
     refused = command("eval", "--tasks", ",")
     assert refused.exit_code == 2 and "no task is named" in said(refused)
+
+
+@pytest.mark.parametrize("place", ["/dev/null", ".", "", "nowhere/out.jsonl", "n" * 300])
+@pytest.mark.parametrize("name", ["eval", "perplexity"])
+def test_places_for_results_are_refused_before_any_work(
+    command: Any, task_file: Callable[..., Path], name: str, place: str
+) -> None:
+    what = "--tasks" if name == "eval" else "--text"
+    refused = command(name, what, str(task_file()), *ONLINE, "--out", place)
+    assert refused.exit_code == 2
+    told = "cannot be a file here" if len(place) > 99 else "must be a file in a folder that exists"
+    assert "--out: " in said(refused) and told in said(refused)
+
+
+def test_files_of_a_case_count_by_their_bytes(tmp_path: Path) -> None:
+    """Under another name they are the same settings, with other contents they are not."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"a")
+    two.write_bytes(b"a")
+    for make in (
+        lambda file: Case("case", FLAP(0.5, str(file))),
+        lambda file: Case("case", depth=ShortGPT(importance=str(file))),
+    ):
+        before = make(one).settings()
+        assert make(two).settings() == before
+        two.write_bytes(b"b")
+        assert make(two).settings() != before
+        two.write_bytes(b"a")
+        with pytest.raises(ValueError, match="none cannot be read .* `popjax calibrate "):
+            make(tmp_path / "none").settings()
+
+
+def test_another_scout_is_another_setting(long_model: LanguageModel) -> None:
+    params, how = long_model.params, How()
+    found = [how.settings(long_model, [Case()])["scout"]]
+    for bits in (4, 8):
+        made = make_scouts(params, long_model.config, bits, 32, ends=True)
+        model = dataclasses.replace(long_model, params=with_scouts(params, made))
+        found.append(how.settings(model, [Case()])["scout"])
+    assert found[0] is None and len(set(found)) == 3

@@ -8,7 +8,7 @@ import pytest
 
 from popjax.evaluation.journal import Journal
 
-SETTINGS = {"protocol": "split", "limit": 4, "cases": {"dense": "x"}}
+SETTINGS = {"protocol": "split", "limit": 4, "cases": {"dense": {"gamma": 0.1}}}
 
 
 def filled(path: Path) -> None:
@@ -62,9 +62,15 @@ def test_a_crash_in_the_first_line_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({**SETTINGS, "limit": 9}, "with limit 4, and this run has 9: use the same settings"),
-        ({"protocol": "split", "limit": 4}, r"with cases \{'dense': 'x'\}, and this run has None"),
-        ({**SETTINGS, "chat": True}, "with chat None, and this run has True"),
+        ({**SETTINGS, "limit": 9}, r"of other settings \(limit 4, now 9\): use the same settings"),
+        ({"protocol": "split", "limit": 4}, r"\(cases given, now none\)"),
+        ({**SETTINGS, "chat": True}, r"\(chat none, now True\)"),
+        ({**SETTINGS, "cases": {}}, r"\(cases: dense given, now none\)"),
+        (
+            {**SETTINGS, "limit": 1, "cases": {"dense": {"gamma": 0.2, "ratio": "y" * 90}}},
+            r"\(limit 4, now 1; cases: dense: gamma 0\.1, now 0\.2; "
+            r"cases: dense: ratio none, now y{37}\.\.\.\)",
+        ),
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, settings: dict, words: str) -> None:
@@ -76,7 +82,13 @@ def test_other_settings_are_refused(tmp_path: Path, settings: dict, words: str) 
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("held", [b"my thesis\n", b"my thesis", b'{"a": 1}\n', b"[1]\n", b"\xff\n"])
+@pytest.mark.parametrize(
+    "held",
+    [
+        *(b"my thesis\n", b"my thesis", b'{"a": 1}\n', b"[1]\n", b"\xff\n"),
+        *(b'{"popjax-evaluation": "x"}\n', b"[" * 9000 + b"\n"),
+    ],
+)
 def test_a_file_of_something_else_is_not_touched(tmp_path: Path, held: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(held)
@@ -89,8 +101,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     filled(path)
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + b"{broken\n" + lines[2])
-    with pytest.raises(ValueError, match="damaged at line 2"):
-        Journal(SETTINGS, path)
+    for bad in (b"{broken\n", b'{"key": "a", "value": NaN}\n', b"[" * 9000 + b"\n"):
+        path.write_bytes(lines[0] + bad + lines[2])
+        with pytest.raises(ValueError, match="damaged at line 2"):
+            Journal(SETTINGS, path)
     with pytest.raises(ValueError, match="is a folder"):
         Journal(SETTINGS, tmp_path)
+
+
+def test_places_that_take_no_file(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "no" / "where")
+    for place in (tmp_path / "no" / "out.jsonl", tmp_path / "gone", tmp_path / ("n" * 300)):
+        with pytest.raises(ValueError, match=r"cannot be opened \(.*\): give --out another name"):
+            Journal(SETTINGS, place)
+    with pytest.raises(ValueError, match="/dev/null is a device: give --out the name of a file"):
+        Journal(SETTINGS, Path("/dev/null"))

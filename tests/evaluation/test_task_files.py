@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ def test_items_are_read_in_order_up_to_the_limit(task_file: Callable[..., Path])
     assert task.name == "pets" and task.items[1].choices == (" barks.", " purrs.", " is a fish.")
     assert task.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
     limited = load_task(task_file(ITEMS), 2)
+    ends = {"context": "a\u2028b\x85c", "choices": ["x", "y"], "answer": 1}
+    raw = [json.dumps(ends, ensure_ascii=False) + "\r", ITEMS[0]]
+    assert load_task(task_file(raw)).items[0].context == ends["context"]
     assert len(limited.items) == 2 and limited.digest == load_task(task_file(ITEMS)).digest
 
 
@@ -35,6 +39,20 @@ def test_items_are_read_in_order_up_to_the_limit(task_file: Callable[..., Path])
         ({**GOOD, "answer": 2}, r"has the answer 2: write 0\.\.1"),
         ({**GOOD, "answer": True}, "has the answer True"),
         ({**GOOD, "answer": "0"}, "has the answer '0'"),
+        (
+            {**GOOD, "answer": 10**4000},
+            r"line 2 of .*pets.jsonl has the answer 10{39}: write 0\.\.1$",
+        ),
+        (
+            f'{{"answer": {"1" * 5000}}}',
+            "line 2 of .*pets.jsonl has a number of too many digits: w",
+        ),
+        ("[" * 99999, "line 2 of .*pets.jsonl is nested too deeply: write one flat object a line"),
+        (
+            {**GOOD, "context": "a\ud83d"},
+            r"line 2 of .*has half of a surrogate pair, '\\ud83d', in",
+        ),
+        ({**GOOD, "choices": ["b", "\udc00"]}, "half of a surrogate pair"),
     ],
 )
 def test_bad_lines_are_named(task_file: Callable[..., Path], line: Any, words: str) -> None:

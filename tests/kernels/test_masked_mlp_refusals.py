@@ -99,7 +99,7 @@ def test_what_the_tpu_kernels_cannot_run_is_refused() -> None:
         (Selection(num_candidate=5, k_selected=1), r"C = 5 candidates is outside 0\.\.E = 4"),
         (Selection(jnp.array([2]), num_candidate=2, k_selected=1), r"candidate .*\(1,\).* C = 2"),
         (Selection(None, jnp.ones(4), num_candidate=3), r"weight .* shape \(4,\), .* C = 3"),
-        (Selection(None, None, jnp.ones(2), 3), r"threshold .* shape \(2,\), .* C = 3"),
+        (Selection(threshold=jnp.ones(2), num_candidate=3), r"threshold .* shape \(2,\), .* C = 3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -16,6 +16,7 @@ from kernels_pallas.row_products import (
     dequantized,
     expand_rows,
     quantized,
+    rounded,
 )
 
 # Compiled: op by op, XLA would compile each of a dozen anew for every shape.
@@ -89,6 +90,22 @@ def test_what_cannot_be_stored_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         quantized(jnp.ones((2, width)), bits, group)
+
+
+def test_vectors_are_rounded_block_by_block() -> None:
+    x = rows_of(np.random.default_rng(0), 5, 96)
+    x[1, :32] = 1e-33  # as good as nothing
+    found = np.asarray(jax.jit(rounded)(x)).reshape(5, 3, 32)
+    blocks = np.where(np.abs(x) > 1e-30, x.astype(np.float64), 0).reshape(5, 3, 32)
+    steps = np.abs(blocks).max(-1, keepdims=True) / 127
+    assert (np.abs(found - blocks) <= steps * (0.5 + 4 * 127 * EPS)).all()
+    assert not found[1, 0].any() and found[1, 1].any()
+    counts = found / np.where(steps == 0, 1, steps)
+    assert (np.abs(counts - np.round(counts)) <= 4 * 127 * EPS).all()
+    # A row says nothing of the others.
+    assert np.asarray(rounded(jnp.asarray(x[3:4]))).tobytes() == found[3].tobytes()
+    with pytest.raises(ValueError, match="vectors of 33 are not rounded: give a multiple of 32"):
+        rounded(jnp.ones((1, 33)))
 
 
 def test_they_pass_through_jit() -> None:

@@ -14,8 +14,8 @@ def asked_of(method: Method, mlp_dim: int) -> ChannelBudget:
         online = channel_budget(mlp_dim, 0.5, 0.05)
         rows = 2 * online.evaluated + online.active
         if isinstance(method, GateFirst):
-            chosen = (rows - rows * 17 // 32) // 2
-            return ChannelBudget(0, rows - 2 * chosen, chosen)
+            gates = rows * 9 // 16
+            return ChannelBudget(0, gates, rows - gates - (rows - gates) * 9 // 14)
         # Of which two copies of four bits, and a scale of sixteen for 32 of them, take a part.
         return ChannelBudget(0, mlp_dim, int((rows - 2 * mlp_dim * 4.5 / 16) * 3 / 5))
     return channel_budget(mlp_dim, 0.5)

@@ -68,6 +68,7 @@ def test_a_spread_is_taken_round_by_round() -> None:
         ((1.5, 1.4, 1.8), "1.50 times faster (ratio 1.40..1.80 over 3 rounds)"),
         ((0.5, 0.4, 0.8), "2.00 times slower (ratio 0.40..0.80 over 3 rounds)"),
         ((1.5, 0.99, 1.8), "no speed-up shown: 0.99..1.80 over 3 rounds contains 1"),
+        ((1.5,), "no speed-up shown: 1.50..1.50 over 1 round, and fewer than 3 show none"),
         ((1.5, 1.0, 1.8), "no speed-up shown: 1.00..1.80 over 3 rounds contains 1"),
     ],
 )
@@ -78,9 +79,9 @@ def test_no_speed_up_is_claimed_where_the_spread_contains_one(
 
 
 def test_ratios_are_dense_over_method() -> None:
-    rows = (timed("dense", (4.0, 4.0), read=10), timed("fast", (2.0, 1.0), read=5))
+    rows = (timed("dense", (4.0, 4.0, 3.0), read=10), timed("fast", (2.0, 1.0, 1.0), read=5))
     result = BenchResult(1, 8, 4, rows)
-    assert result.ratio("fast").rounds == (2.0, 4.0)
+    assert result.ratio("fast").rounds == (2.0, 4.0, 3.0)
     assert result.bytes_ratio("fast") == 2.0
     assert result.speedup("fast").startswith("3.00 times faster")
 

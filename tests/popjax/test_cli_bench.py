@@ -62,6 +62,9 @@ def test_quality_stands_beside_speed(bench: Any, tmp_path: Path) -> None:
     assert "split: 2 windows" in quality["protocol"] and len(quality["dense_losses"]) == 2
     assert point["name"] == "frozen" and point["windows"] == 2 and point["bytes_share"] < 1
     assert figure.read_bytes().startswith(b"\x89PNG")
+    again = bench(*asked, *FEW)
+    assert again.exit_code == 2 and "exists: choose another name" in " ".join(again.stderr.split())
+    figure.unlink()
     shown = bench(*asked, *FEW[:-1])
     assert "loss above dense, nats" in " ".join(shown.stdout.split())
 
@@ -80,6 +83,8 @@ def test_quality_stands_beside_speed(bench: Any, tmp_path: Path) -> None:
         (["--batch", "0"], "--batch"),
         (["--batch", "2", "--batch", "2"], "--batch: 2 is named twice"),
         (["--ratio", "0.3", "--ratio", "0.3"], "--ratio: 0.3 is named twice"),
+        (["--csv", "/dev/null"], "--csv: /dev/null must be a file in a folder that exists"),
+        (["--windows", "3"], "--windows: it cuts the text: give --text"),
         (["--csv", "nowhere/b.csv"], "--csv: nowhere/b.csv must be a file in a folder that exists"),
     ],
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from popjax import load
+from popjax import LanguageModel, load
 from popjax.cli import app
+from popjax.methods import WandaSP
 from tests.popjax.test_cli import flat
 
 WORDS = "the river rises in the hills above the town, where rain falls " * 12
@@ -67,3 +69,55 @@ def test_a_text_that_is_none(export: Any, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     assert "holds no text" in flat(export(text="empty.txt").stderr)
     assert "there is no file" in flat(export(text="absent.txt").stderr)
+
+
+def test_statistics_may_decide_in_place_of_a_text(
+    tiny_checkpoint: Path, tmp_path: Path, tiny_model: LanguageModel
+) -> None:
+    """The channels that wanda-sp runs with, whatever the prompt; what is more than that is not."""
+    from popjax.calibration.measuring import measure
+    from popjax.calibration.statistics import save_statistics
+
+    found = measure(tiny_model.params, tiny_model.config, [tiny_model.encode(WORDS)[0][:30]])
+    file = tmp_path / "channels.safetensors"
+    save_statistics(file, found, tiny_model.params, tiny_model.config, "words")
+    asked = ["--model", str(tiny_checkpoint), "--ratio", "0.25", "--statistics", str(file)]
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["export", str(tmp_path / "out"), *asked, *arguments])
+
+    for method in ("flap", "teal"):
+        refused = run("--method", method)
+        assert refused.exit_code == 1
+        assert "that no plain checkpoint holds: use frozen, griffin or wanda-sp" in refused.stderr
+    text = run("--method", "wanda-sp", "--text", str(file))
+    assert text.exit_code == 2 and "ranks channels by --statistics: leave it out" in flat(
+        text.stderr
+    )
+    assert not (tmp_path / "out").exists()
+    result = run("--method", "wanda-sp")
+    assert result.exit_code == 0, result.stderr
+    more: dict[str, Any] = {"max_new_tokens": 4, "return_logits": True}
+    pruned = tiny_model.generate(WORDS[:30], method=WandaSP(0.25, str(file)), **more)
+    alone = load(str(tmp_path / "out")).generate(WORDS[:30], **more)
+    assert alone.tokens == pruned.tokens
+    assert alone.logits is not None and pruned.logits is not None
+    np.testing.assert_allclose(alone.logits, pruned.logits, rtol=0, atol=1e-5)
+
+
+def test_it_needs_something_to_decide_by(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    asked = ["export", str(tmp_path / "out"), "--model", str(tiny_checkpoint)]
+    refused = CliRunner().invoke(app, asked)
+    assert refused.exit_code == 2 and "frozen ranks channels on one: give it" in flat(
+        refused.stderr
+    )
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/null/x", "n" * 300])
+def test_places_that_take_no_folder(tiny_checkpoint: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "words.txt").write_text(WORDS)
+    asked = ["--model", str(tiny_checkpoint), "--text", str(tmp_path / "words.txt")]
+    refused = CliRunner().invoke(app, ["export", place, *asked, "--samples", "1", "--window", "9"])
+    assert refused.exit_code == 1
+    told = flat(refused.stderr)
+    assert "Errno" not in told and ("choose another place" in told)

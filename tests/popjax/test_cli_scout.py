@@ -75,3 +75,16 @@ def test_scouts_and_methods_go_together(
 def test_prompts_of_a_calibration_need_a_text(command: Any, tmp_path: Path) -> None:
     refused = command("calibrate", "prefill-pruning", "-o", str(tmp_path / "scores"))
     assert refused.exit_code == 2 and "give --text" in refused.stderr
+
+
+def test_ends_are_pruned_where_they_have_copies(command: Any, tmp_path: Path) -> None:
+    inner, every = tmp_path / "inner.safetensors", tmp_path / "every.safetensors"
+    assert command("calibrate", "scout", "-o", str(inner)).exit_code == 0
+    assert command("calibrate", "scout", "-o", str(every), "--ends", "pruned").exit_code == 0
+    asked = ("--method", "scout", "--ratio", "0.3", "--ends", "pruned", *SHORT)
+    refused = command("generate", PROMPT, *asked, "--scout", str(inner))
+    assert refused.exit_code == 1 and "(popjax calibrate scout --ends pruned)" in refused.stderr
+    used = command("generate", PROMPT, *asked, "--scout", str(every))
+    assert used.exit_code == 0, used.stderr
+    layers = json.loads(used.stdout)["report"]["layers"]
+    assert len({layer["active"] for layer in layers}) == 1 and layers[0]["active"] < 48

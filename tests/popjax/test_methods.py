@@ -319,7 +319,8 @@ def test_a_method_announces_what_its_plan_evaluates(method: Method) -> None:
         (lambda: OnlinePruning(ratio=1.5), "ratio 1.5 is outside 0..1"),
         (lambda: OnlinePruning(ratio=-0.1), "ratio -0.1 is outside 0..1"),
         (lambda: OnlinePruning(ratio=math.nan), "ratio nan is outside 0..1"),
-        (lambda: OnlinePruning(ratio="half"), "ratio 'half' is outside"),  # type: ignore[arg-type]
+        (lambda: OnlinePruning(ratio="half"), "ratio 'half' is a str: give a Python"),  # type: ignore[arg-type]
+        (lambda: Griffin(np.float32(0.3)), "is a float32: give a Python number in 0..1"),  # type: ignore[arg-type]
         (lambda: OnlinePruning(ratio=True), "ratio True is outside"),
         (lambda: OnlinePruning(model_ratio=2), "model_ratio 2 is outside 0..1"),
         (lambda: OnlinePruning(ratio=0.5, gamma=1.1), "gamma 1.1 is outside 0..1"),

@@ -24,6 +24,7 @@ from popjax.families.mixture import dense_layers
 from popjax.generate import Options
 from popjax.methods import Frozen, Method, OnlinePruning
 from popjax.methods.experts import ExpertActs
+from popjax.nn import expert_rows
 from popjax.nn import moe as mixture
 from popjax.report import layer_reports
 from popjax.run import Request, RunResult, run
@@ -100,9 +101,9 @@ def test_dense_ragged_and_listed_forms_are_one_function() -> None:
         y = jax.jit(form, static_argnames="activation")(x, routes, WEIGHTS, activation="silu")
         np.testing.assert_allclose(y, wanted, atol=1e-5)
         assert not np.asarray(y)[~VALID].any()
-    rows = mixture.rows_of(routes, (E, M, D), jnp.arange(M, dtype=jnp.int32)[None, :])
-    h = mixture.listed_channels(x, rows, WEIGHTS, "silu")
-    listed = np.asarray(mixture.listed_output(h, rows, routes, WEIGHTS))
+    rows = expert_rows.rows_of(routes, (E, M, D), jnp.arange(M, dtype=jnp.int32)[None, :])
+    h = expert_rows.listed_channels(x, rows, WEIGHTS, "silu")
+    listed = np.asarray(expert_rows.listed_output(h, rows, routes, WEIGHTS))
     np.testing.assert_allclose(listed, wanted, atol=1e-5)
     assert not listed[~VALID].any()
 
@@ -191,7 +192,7 @@ def test_a_token_reads_the_rows_of_its_own_experts() -> None:
     found = ran(Frozen(0.5))
     assert found.packed_bytes == 0
     one = dataclasses.replace(config, layers=config.layers[:1])
-    (by_index,) = layer_reports(one, found.partition, 4, False, by_index=True)
+    (by_index,) = layer_reports(one, found.partition, 4, False, by_index=("evaluated",))
     (masked,) = layer_reports(one, found.partition, 4, False)
     dense = 3 * 3 * 24 * 32 * 4
     assert (by_index.dense_bytes, by_index.read_bytes) == (dense, dense // 2)
@@ -227,7 +228,9 @@ def test_bad_rules_are_refused(options: dict[str, Any], complaint: str) -> None:
 
 @pytest.mark.parametrize("top_k", [0, 6, 2.0, True])
 def test_more_experts_a_token_than_there_are_is_refused(top_k: Any) -> None:
-    with pytest.raises(ValueError, match="top_k .* is outside 1..5, the number of experts"):
+    with pytest.raises(
+        ValueError, match="num_experts_per_tok .* is outside 1..5, the number of experts"
+    ):
         MoeConfig(E, top_k, M)
 
 
@@ -315,5 +318,5 @@ def test_inspect_says_how_many_experts_there_are(tmp_path: Path) -> None:
 
 
 def test_top_k_above_the_experts_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="top_k 9 .* outside 1..8"):
+    with pytest.raises(ValueError, match="num_experts_per_tok 9 .* outside 1..8"):
         loading.open_source(saved(tmp_path, num_experts_per_tok=9))

@@ -16,8 +16,8 @@ import pytest
 from popjax.generate import PROGRAMS, Options
 from popjax.methods import Frozen, Method, OnlinePruning, RescoreAll
 from popjax.nn.transformer import init_params
-from popjax.packing import as_matrices, as_tiles
 from popjax.run import Request, RunResult, run
+from popjax.tiles import as_matrices, as_tiles
 from tests.popjax.tiny_models import TILED as CONFIG
 
 PROMPTS = [[3, 14, 15, 92, 65, 35], [8, 9, 7]]
@@ -66,14 +66,14 @@ def test_interpreted_kernels_decode_as_xla_does(params: Any, method: Method) -> 
 @methods
 def test_rows_fetched_by_index_need_no_packed_copy(params: Any, method: Method) -> None:
     wanted = decoded(params, method, "xla")
-    tiles = as_tiles(params, CONFIG)
+    tiles = as_tiles(params)
     found = decoded(tiles, method, "pallas_interpret", pack=False)
     assert found.packed_bytes == 0
     same(found, wanted)
 
 
 def test_a_second_prompt_compiles_nothing(params: Any) -> None:
-    tiles, method = as_tiles(params, CONFIG), OnlinePruning(ratio=0.5)
+    tiles, method = as_tiles(params), OnlinePruning(ratio=0.5)
     decoded(tiles, method, "pallas_interpret", pack=False)
     before = PROGRAMS.compilations
     how = Options(implementation="pallas_interpret", record_masks=True, pack=False)
@@ -84,18 +84,18 @@ def test_a_second_prompt_compiles_nothing(params: Any) -> None:
 
 @pytest.mark.parametrize("implementation", ["xla", "native", "pallas_interpret"])
 def test_tiles_are_the_same_model(params: Any, implementation: str) -> None:
-    tiles = as_tiles(params, CONFIG)
+    tiles = as_tiles(params)
     assert tiles["layer_0"]["mlp"]["up"].shape == (300, 8, 128)
     method = OnlinePruning(ratio=0.5)
     same(decoded(tiles, method, implementation), decoded(params, method, implementation))
-    back = as_matrices(tiles, CONFIG)
+    back = as_matrices(tiles)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def test_rows_that_are_not_whole_tiles_stay_as_they_are() -> None:
     config = dataclasses.replace(CONFIG, embed_dim=576)
     params = init_params(config, jax.random.key(0), jnp.float32)
-    assert as_tiles(params, config)["layer_1"]["mlp"]["down"].shape == (300, 576)
+    assert as_tiles(params)["layer_1"]["mlp"]["down"].shape == (300, 576)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_fetching_by_index_is_refused_where_it_cannot_be(
     if implementation == "pallas_interpret":
         obstacle = r"kept as tiles, and these are \(300, 1024\): load the model with tiles=True"
     with pytest.raises(ValueError, match=f"pack=False fetches rows by index, .*{obstacle}"):
-        run(as_tiles(params, CONFIG) if tiled else params, CONFIG, request)
+        run(as_tiles(params) if tiled else params, CONFIG, request)
 
 
 def test_rows_that_cannot_be_tiles_are_not_fetched_by_index() -> None:

@@ -17,10 +17,11 @@ from popjax.expert_partition import ExpertPartition
 from popjax.generate import Options
 from popjax.methods import Frozen, Method, OnlinePruning
 from popjax.nn.transformer import Inputs
-from popjax.packing import as_matrices, as_tiles, pack
+from popjax.packing import pack
 from popjax.report import bytes_per_token, layer_reports
 from popjax.run import Request, RunResult, run
 from popjax.sparsity import ChannelPartition, channel_budget, ffn_ratio
+from popjax.tiles import as_matrices, as_tiles
 from tests.popjax.tiny_models import PROMPTS, TILED, logit_tolerance, mixture, random_params, tiny
 
 PRUNED = OnlinePruning(0.5, gamma=0.3, shared="pruned")
@@ -88,13 +89,13 @@ def test_its_rows_are_packed_and_reported() -> None:
     part, beside = split(found)
     assert (beside.evaluated, beside.active) == (asked.evaluated, asked.active)
     assert (found.packed_bytes, dense.packed_bytes) == (3 * beside.evaluated * row, 0)
-    (both,) = layer_reports(CONFIG, found.partition, 4, only_chosen=False, by_index=True)
-    (alone,) = layer_reports(CONFIG, dense.partition, 4, only_chosen=False, by_index=True)
+    (both,) = layer_reports(CONFIG, found.partition, 4, only_chosen=False, by_index=("evaluated",))
+    (alone,) = layer_reports(CONFIG, dense.partition, 4, only_chosen=False, by_index=("evaluated",))
     assert both.dense_bytes - alone.dense_bytes == 3 * F * row
     assert both.read_bytes - alone.read_bytes == 3 * beside.evaluated * row
     assert both.channels == alone.channels + F == K * M + F
     assert both.active == K * (part.num_retained + part.k_selected) + beside.active
-    (chosen,) = layer_reports(CONFIG, found.partition, 4, only_chosen=True, by_index=True)
+    (chosen,) = layer_reports(CONFIG, found.partition, 4, only_chosen=True, by_index=("evaluated",))
     assert both.read_bytes - chosen.read_bytes == (beside.evaluated - beside.active) * row
     # What every token reads of the model holds what every layer reads.
     assert bytes_per_token(CONFIG, random_params(CONFIG)) > both.dense_bytes
@@ -151,9 +152,9 @@ def test_its_rows_are_fetched_by_index_where_kernels_do_that() -> None:
     wide = dataclasses.replace(mixture(TILED.layers[0], M, shared_gate=True), mlp_dim=F)
     config = dataclasses.replace(TILED, layers=(wide,))
     params = random_params(config)
-    tiles = as_tiles(params, config)
+    tiles = as_tiles(params)
     assert tiles["layer_0"]["shared"]["up"].shape == (F, 8, 128)
-    jax.tree.map(np.testing.assert_array_equal, as_matrices(tiles, config), params)
+    jax.tree.map(np.testing.assert_array_equal, as_matrices(tiles), params)
     request = Request(PROMPTS[2:], 4, method=PRUNED)
     how = Options(record_masks=True, implementation="pallas_interpret")
     packed, indexed = (

@@ -94,11 +94,11 @@ def test_no_speed_up_is_claimed_where_the_rounds_disagree(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     read = {DENSE: 300, "kept": 100}
-    steps = {DENSE: Spread((1.0, 1.0)), "kept": Spread((0.5, 1.25))}
+    steps = {DENSE: Spread((1.0, 1.0, 1.0)), "kept": Spread((0.5, 1.25, 0.5))}
     values = bench_kv._against_dense("kept", steps, read)
     assert values["bytes_ratio"] == 3.0 and "share_of_bytes_ratio" not in values
     assert "no speed-up shown" in values["speedup"] and "share" not in capsys.readouterr().out
-    steps["kept"] = Spread((0.5, 0.5))
+    steps["kept"] = Spread((0.5, 0.5, 0.5))
     assert bench_kv._against_dense("kept", steps, read)["share_of_bytes_ratio"] == 2 / 3
     assert "2.00 times faster" in capsys.readouterr().out
 

@@ -28,6 +28,12 @@ def test_rows_are_paired_and_compared_with_online_pruning() -> None:
     assert row.line() == "| scout | 0.5 | 0.533 | +0.500 ± 0.000 | -1.500 ± 0.000 | 75% |"
 
 
+def test_a_method_that_is_not_known_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        beyond.main(["--text", "no.txt", "--methods", "griffin"])
+    assert "invalid choice: 'griffin'" in capsys.readouterr().err
+
+
 def test_every_method_reads_the_bytes_of_online_pruning(deep_checkpoint: Path) -> None:
     config = popjax.load(str(deep_checkpoint)).config
     read = {name: share_read(method, config) for name, method in beyond.cases(0.3).items()}

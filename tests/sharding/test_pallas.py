@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from popjax import sharding
+from popjax.config import ModelConfig
 from popjax.generate import Options
 from popjax.methods import Method, OnlinePruning, RescoreAll
 from popjax.nn.transformer import init_params
-from popjax.packing import as_tiles
 from popjax.run import Request, run
-from tests.popjax.tiny_models import TILED
+from popjax.tiles import as_tiles
+from tests.popjax.tiny_models import TILED, mixture
 
 
 @pytest.mark.parametrize(
@@ -27,10 +28,20 @@ from tests.popjax.tiny_models import TILED
     ids=["dense", "online-pruning", "rescore-all-tiles"],
 )
 def test_each_shard_runs_the_kernels_on_its_own_channels(method: Method, tiles: bool) -> None:
-    config = TILED
+    assert_shards_run_the_kernels(TILED, method, tiles)
+
+
+def test_each_shard_fetches_rows_of_its_own_experts() -> None:
+    """Half of a token's experts are elsewhere, on average: their rows are not read."""
+    layer = dataclasses.replace(mixture(TILED.layers[0], 40), mlp_dim=0)
+    config = dataclasses.replace(TILED, layers=(layer,))
+    assert_shards_run_the_kernels(config, OnlinePruning(0.5, gamma=0.3), True)
+
+
+def assert_shards_run_the_kernels(config: ModelConfig, method: Method, tiles: bool) -> None:
     params = init_params(config, jax.random.key(0), jnp.float32)
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
-    held = as_tiles(params, config) if tiles else params
+    held = as_tiles(params) if tiles else params
     placed = sharding.placed_params(held, config, mesh)
     request = Request([[3, 14, 15, 92, 65, 35], [8, 9, 7]], 6, method=method)
     found = {
@@ -45,7 +56,7 @@ def test_each_shard_runs_the_kernels_on_its_own_channels(method: Method, tiles: 
 
 def test_rows_are_not_left_unpacked_on_a_mesh() -> None:
     config = TILED
-    params = as_tiles(init_params(config, jax.random.key(0), jnp.float32), config)
+    params = as_tiles(init_params(config, jax.random.key(0), jnp.float32))
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
     placed = sharding.placed_params(params, config, mesh)
     how = Options(implementation="pallas_interpret", pack=False)

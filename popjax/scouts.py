@@ -2,7 +2,8 @@
 
 A scout says what every channel would be for a token before a row of the weights is read. It is
 arrays of an FFN's parameters, there only where it was added, so models without know nothing of it.
-Quantised plainly, to the nearest step; leaves out who chooses by it (`methods/scout.py`).
+Quantised to the nearest step, or by what the model reads on a text so that errors make up for each
+other; leaves out who chooses by it (`methods/scout.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import checkpoints
 from kernels_pallas.row_products import QuantizedRows, quantized
 from popjax.artefact import load_artefact, save_artefact
+from popjax.calibration.compensated import compensated
 from popjax.config import ModelConfig
 from popjax.leaves import check_layers, with_leaves, without_leaves
 from popjax.sparsity import Params
@@ -78,22 +80,35 @@ def _rows(w: jax.Array) -> jax.Array:
 
 
 def make_scouts(
-    params: Params, config: ModelConfig, bits: int = BITS, group: int = GROUP, ends: bool = False
+    params: Params,
+    config: ModelConfig,
+    bits: int = BITS,
+    group: int = GROUP,
+    ends: bool = False,
+    moments: Sequence[np.ndarray] | None = None,
 ) -> Scouts:
     """Copies of each layer's gate and up in `bits` (4 or 8), a scale each `group` of weights.
 
     Without `ends` none of the first and last layer, which `Scout` leaves whole unless told. Scales
-    are in the dtype of the weights. Raises ValueError for a model without gated FFNs, or
-    bits and groups that its rows do not allow.
+    are in the dtype of the weights. moments: of each layer the second moments [D, D] of its FFN's
+    input (`popjax.calibration.input_moments`); with them errors of rounding make up for each other
+    (GPTQ, arXiv 2210.17323), which halves what they do to the channels. Raises ValueError for a
+    model without gated FFNs, bits and groups that its rows do not allow, or moments of another one.
     """
     check_model(config)
+    if moments is not None:
+        check_layers(params, "moments", moments)
     scouts = []
     for i, layer in enumerate(config.layers):
         scout = {}
         pruned = ends or 0 < i < config.num_layers - 1
         for name in MATRICES if pruned else ():
             w = params[f"layer_{i}"][layer.ffn][name]
-            copy = _quantized(_rows(w), bits, group)
+            if moments is None:
+                copy = _quantized(_rows(w), bits, group)
+            else:
+                rows = np.asarray(_rows(w), np.float32)
+                copy = compensated(rows, moments[i], bits, group, w.dtype)
             scout[f"scout_{name}"] = copy.values
             scout[f"scout_{name}_scale"] = copy.scales.astype(w.dtype)
         scouts.append(scout)
@@ -158,14 +173,18 @@ def scout_bytes(params: Params, layer: int | None = None) -> int:
 
 
 def save_scouts(
-    path: str | os.PathLike[str], scouts: Scouts, params: Params, config: ModelConfig
+    path: str | os.PathLike[str],
+    scouts: Scouts,
+    params: Params,
+    config: ModelConfig,
+    about: str = "",
 ) -> Path:
     """Write the scouts of this model into one new safetensors file; returns its path.
 
-    Raises CheckpointError where the path exists.
+    about: what they were measured on. Raises CheckpointError where the path exists.
     """
     arrays = {f"layer_{i}/{name}": w for i, one in enumerate(scouts) for name, w in one.items()}
-    return save_artefact(path, FORM, arrays, params, config)
+    return save_artefact(path, FORM, arrays, params, config, about=about)
 
 
 def load_scouts(path: str | os.PathLike[str], params: Params, config: ModelConfig) -> Scouts:

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 
 from kernels_pallas.native.cost import prefers_native
 from kernels_pallas.row_products import native, reference, xla
-from kernels_pallas.row_products.quantized import QuantizedRows, dequantized, quantized, rounded
+from kernels_pallas.row_products.quantized import (
+    QuantizedRows,
+    dequantized,
+    most_steps,
+    quantized,
+    quantized_rows,
+    rounded,
+)
 
 IMPLEMENTATIONS = ("xla", "native", "auto")
 
@@ -99,6 +106,8 @@ __all__ = [
     "expand",
     "expand_many",
     "expand_rows",
+    "most_steps",
     "quantized",
+    "quantized_rows",
     "rounded",
 ]

@@ -51,21 +51,34 @@ def stored(w: Rows) -> tuple[jax.Array, jax.Array]:
 def quantized(w: jax.Array, bits: int = 8, group: int = 32) -> QuantizedRows:
     """Rows w [F, D] rounded to `bits`, each group of `group` weights scaled by its largest.
 
-    Raises ValueError for other bits than 4 and 8, or a group that is no power of two, below 32 or
-    does not divide D.
+    Raises ValueError as `most_steps` does.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits {bits!r} are not offered: use 4 or 8")
-    if group < _LEAST_GROUP or group & (group - 1) or w.shape[1] % group:
-        raise ValueError(
-            f"group {group} with rows of {w.shape[1]} does not work: give a power of two from "
-            f"{_LEAST_GROUP} on that divides the row length"
-        )
-    most = 127 if bits == 8 else 7
+    most = most_steps(w.shape[1], bits, group)
     grouped = w.astype(jnp.float32).reshape(w.shape[0], -1, group)
     scales = jnp.max(jnp.abs(grouped), axis=-1) / most
     steps = grouped / jnp.where(scales == 0, 1.0, scales)[:, :, None]
     values = jnp.clip(jnp.round(steps), -most, most).reshape(w.shape).astype(jnp.int8)
+    return quantized_rows(values, scales, bits)
+
+
+def most_steps(width: int, bits: int, group: int) -> int:
+    """Steps that a weight of `bits` has either way, in rows of `width` weights.
+
+    Raises ValueError for other bits than 4 and 8, or a group that is no power of two, below 32 or
+    does not divide the width.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits {bits!r} are not offered: use 4 or 8")
+    if group < _LEAST_GROUP or group & (group - 1) or width % group:
+        raise ValueError(
+            f"group {group} with rows of {width} does not work: give a power of two from "
+            f"{_LEAST_GROUP} on that divides the row length"
+        )
+    return 127 if bits == 8 else 7
+
+
+def quantized_rows(values: jax.Array, scales: jax.Array, bits: int) -> QuantizedRows:
+    """Rows of given steps [F, D] int8 (of four bits: -8 to 7) and scales [F, D/group], stored."""
     return QuantizedRows(values if bits == 8 else _packed(values), scales)
 
 

@@ -117,9 +117,10 @@ def measure(
         raise ValueError(
             f"prompts have {sorted(lengths)} tokens: give at least one, all of one length above 0"
         )
-    heard = _counter(on_sample)
+    heard = counting(on_sample)
     static: dict[str, Any] = {"config": config}
-    moments = _means(params, prompts, static | {"method": Moments(), "eviction": KvMethod()}, heard)
+    first = static | {"method": Moments(), "eviction": KvMethod()}
+    moments = means_over_prompts(params, prompts, first, heard)
     for layer, _ in moments:
         for name in layer:
             layer[name] = layer[name] / min(lengths)
@@ -131,12 +132,13 @@ def measure(
         }
         weighted = with_leaves(params, rms)
     second = static | {"method": Magnitudes(), "eviction": AttentionMagnitudes()}
-    ranked = _means(weighted, prompts, second, heard)
+    ranked = means_over_prompts(weighted, prompts, second, heard)
     pairs = zip(moments, ranked, strict=True)
     return tuple(_statistics(config, first, {**ffn, **seen}) for (first, _), (ffn, seen) in pairs)
 
 
-def _counter(on_sample: Callable[[int], None] | None) -> Callable[[], None]:
+def counting(on_sample: Callable[[int], None] | None) -> Callable[[], None]:
+    """What is to be called after each prompt; it tells `on_sample` how many there were."""
     done = 0
 
     def heard() -> None:
@@ -148,7 +150,7 @@ def _counter(on_sample: Callable[[int], None] | None) -> Callable[[], None]:
     return heard
 
 
-def _means(
+def means_over_prompts(
     params: Params,
     prompts: Sequence[Sequence[int]],
     static: dict[str, Any],
@@ -163,8 +165,8 @@ def _means(
         heard()
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(total)):
         raise ValueError(
-            "channel statistics are not finite: the weights or the dtype overflow; check the "
-            "checkpoint (check_tensors=True) or load it in float32"
+            "what the model shows on the prompts is not finite: the weights or the dtype overflow; "
+            "check the checkpoint (check_tensors=True) or load it in float32"
         )
     return total
 
@@ -182,4 +184,4 @@ def _statistics(
     )
 
 
-__all__ = ["measure", "quantiles"]
+__all__ = ["counting", "means_over_prompts", "measure", "quantiles"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KINDS = {
     "prefill-pruning": ("text", "samples", "prompt_tokens", "max_new_tokens", "seed"),
     "channels": ("text", "samples", "prompt_tokens"),
-    "scout": ("ends",),
+    "scout": ("text", "samples", "prompt_tokens", "ends"),
 }
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 200, 256, 32
 What = Annotated[
@@ -27,7 +27,7 @@ What = Annotated[
     typer.Argument(
         help="prefill-pruning: how much each layer matters to prompt and reply. channels: what FFN "
         "channels do on a text, for --statistics. scout: copies of gate and up in four bits, for "
-        "--method scout; needs no text."
+        "--method scout, rounded by a text where one is given, and better for it."
     ),
 ]
 Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text that prompts are cut from.")]
@@ -71,15 +71,16 @@ def calibrate(
 ) -> None:
     """Measure a model on text, for `--layer-scores` (prefill-pruning) or `--statistics` (channels).
 
-    Prompts are cut from the text; for prefill-pruning the model continues them. Or write a scout.
+    Prompts are cut from the text; for prefill-pruning the model continues them. Or write a scout,
+    which needs no text and loses less with one.
     """
     given: dict[str, Any] = {"text": text, "samples": samples, "prompt_tokens": prompt_tokens}
     given |= {"max_new_tokens": max_new_tokens, "seed": seed, "ends": ends}
     _check_kind(what, given)
     check_writable(out, "--out", new=True)
     choice = options.ModelChoice(model, revision, dtype, offline, check_tensors)
-    if what == "scout":
-        check_ends(ends)
+    check_ends(ends)
+    if what == "scout" and text is None and samples is None and prompt_tokens is None:
         calibrate_scout(choice.load(), out, ends == "pruned")
         return
     if text is None:
@@ -93,11 +94,13 @@ def calibrate(
     check_room(loaded.config.max_positions, length, new)
     prompts = cut(loaded.encode(words)[0], samples, length)
     about = f"{samples} prompts of {length} tokens of {text.name}"
-    if what == "channels":
-        path = _channels(loaded, prompts, out, about)
+    if what == "scout":
+        calibrate_scout(loaded, out, ends == "pruned", prompts, about)
+    elif what == "channels":
+        write(f"{_channels(loaded, prompts, out, about)}\n")
     else:
         path = _layers(loaded, prompts, new, seed or 0, out, f"{about}, {new} new each")
-    write(f"{path}\n")
+        write(f"{path}\n")
 
 
 def _check_kind(what: str, given: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,13 +61,22 @@ def check_ends(ends: str | None) -> None:
         )
 
 
-def calibrate_scout(model: LanguageModel, out: Path, ends: bool = False) -> None:
+def calibrate_scout(
+    model: LanguageModel,
+    out: Path,
+    ends: bool = False,
+    prompts: Sequence[Sequence[int]] = (),
+    about: str = "",
+) -> None:
     """Write the scout of a model, that of its first and last layer too with `ends`.
 
-    Says what it holds.
+    prompts: token ids that it is rounded by, none for rounding to nearest. Says what it holds.
     """
+    from popjax.calibration.input_moments import input_moments
     from popjax.inspection import format_bytes
-    from popjax.scouts import make_scouts, save_scouts, scout_bytes, with_scouts
+    from popjax.scouts import check_model, make_scouts, save_scouts, scout_bytes, with_scouts
+
+    check_model(model.config)
 
     if model.config.num_layers < 3 and not ends:
         raise ValueError(
@@ -74,9 +84,18 @@ def calibrate_scout(model: LanguageModel, out: Path, ends: bool = False) -> None
             f"{model.config.num_layers}: it takes three layers or more, or --ends pruned"
         )
     with Status() as status:
+        moments = None
+        if prompts:
+            status.say("Compiling")
+            moments = input_moments(
+                model.params,
+                model.config,
+                prompts,
+                lambda done: status.say(f"Prompt {done} of {len(prompts)} done"),
+            )
         status.say("Rounding gate and up")
-        scouts = make_scouts(model.params, model.config, ends=ends)
-    path = save_scouts(out, scouts, model.params, model.config)
+        scouts = make_scouts(model.params, model.config, ends=ends, moments=moments)
+    path = save_scouts(out, scouts, model.params, model.config, about)
     held = scout_bytes(with_scouts(model.params, scouts))
     layers = [model.params[f"layer_{i}"]["mlp"] for i in range(model.config.num_layers)]
     ffn = sum(w.nbytes for mlp in layers for w in mlp.values())

@@ -90,7 +90,7 @@ def test_mixtures_and_weights_that_overflow_are_refused() -> None:
     params = params_of("llama")
     huge = {**params, "layer_1": {**params["layer_1"], "mlp": {
         name: w * 1e30 for name, w in params["layer_1"]["mlp"].items()}}}  # fmt: skip
-    with pytest.raises(ValueError, match="channel statistics are not finite"):
+    with pytest.raises(ValueError, match="shows on the prompts is not finite"):
         measure(huge, config_of("llama"), prompts(1))
 
 

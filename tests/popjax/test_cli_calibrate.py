@@ -33,11 +33,8 @@ def refusal(tiny_checkpoint: Path, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("what", "arguments"),
     [
-        ("scout", ("--samples", "2")),
-        ("scout", ("--prompt-tokens", "12")),
         ("scout", ("--max-new-tokens", "3")),
         ("scout", ("--seed", "0")),
-        ("scout", ("--text", "any")),
         ("channels", ("--max-new-tokens", "3")),
         ("channels", ("--seed", "5")),
         ("channels", ("--ends", "pruned")),
@@ -48,6 +45,12 @@ def test_options_without_a_use_are_refused(
 ) -> None:
     code, words = refusal(what, *arguments, needs_text=what != "scout")
     assert code == 2 and f"{arguments[0]}: calibrate {what} has no use for it: leave" in words
+
+
+@pytest.mark.parametrize("arguments", [("--samples", "2"), ("--prompt-tokens", "12")])
+def test_prompts_of_a_scout_are_cut_from_a_text(refusal: Any, arguments: tuple[str, ...]) -> None:
+    code, words = refusal("scout", *arguments, needs_text=False)
+    assert code == 2 and "--text: prompts are cut from one: give --text" in words
 
 
 def test_ends_of_a_scout_are_known_words(refusal: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from checkpoints import load_bundle
 from popjax.cli import app
 
 PROMPT = "The quick brown fox jumps over the lazy dog, again and again."
@@ -75,6 +76,23 @@ def test_scouts_and_methods_go_together(
 def test_prompts_of_a_calibration_need_a_text(command: Any, tmp_path: Path) -> None:
     refused = command("calibrate", "prefill-pruning", "-o", str(tmp_path / "scores"))
     assert refused.exit_code == 2 and "give --text" in refused.stderr
+
+
+def test_a_scout_is_rounded_by_a_text(command: Any, tmp_path: Path) -> None:
+    plain, rounded = tmp_path / "plain.safetensors", tmp_path / "rounded.safetensors"
+    text = tmp_path / "text.txt"
+    text.write_text(PROMPT * 4, encoding="utf-8")
+    few = ("--text", str(text), "--samples", "3", "--prompt-tokens", "12")
+    assert command("calibrate", "scout", "-o", str(plain)).exit_code == 0
+    written = command("calibrate", "scout", "-o", str(rounded), *few)
+    assert written.exit_code == 0, written.stderr
+    (one, _), (other, about) = (load_bundle(path, "scout", "1") for path in (plain, rounded))
+    assert about["about"] == "3 prompts of 12 tokens of text.txt"
+    assert one.keys() == other.keys()
+    assert all((one[name] != other[name]).any() for name in one if not name.endswith("scale"))
+    asked = ("--method", "scout", "--ratio", "0.3", "--scout", str(rounded), *SHORT)
+    used = command("generate", PROMPT, *asked)
+    assert used.exit_code == 0, used.stderr
 
 
 def test_ends_are_pruned_where_they_have_copies(command: Any, tmp_path: Path) -> None:

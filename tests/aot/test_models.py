@@ -2,8 +2,8 @@
 
 This proves that they compile, where their memory goes and what the chips say to each other; not
 how fast they run. Figures are a chip's. All programs have all layers of their model, except
-prefills that take minutes to compile: of the 70B model, and of the 8B model where dense, whose
-pruned prefill does the same and more. They have 8 layers, of full width.
+prefills, which take minutes to compile: whole is the pruned one of the 8B model on one chip, which
+does what the dense one does and more. The others have 8 layers, of full width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLACES: dict[str, tuple[dict[str, Any], str, dict[str, int]]] = {
     "70B, sixteen v5p": (LLAMA_31_70B, "v5p:2x2x4", {"model": 8, "group": 2}),
 }
 FEWER_LAYERS = {(place, "dense"): 8 for place in PLACES}
-FEWER_LAYERS["70B, sixteen v5p", "online-pruning"] = 8
+FEWER_LAYERS |= {(place, "online-pruning"): 8 for place in PLACES if place != "8B, one v5p"}
 CASES = [(place, method) for place in PLACES for method in METHODS]
 DECODE_CONTEXT, PREFILL_CONTEXT = 32768, 8192
 

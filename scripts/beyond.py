@@ -5,13 +5,15 @@
 Each window's prefix is prefilled, and the tokens after it are scored as decode steps under each
 method (`popjax.evaluation`). Prints a markdown table: what a step reads of the FFN's bytes, what
 each method loses to dense, and how much of online pruning's loss it saves. The text is the
-caller's: none is shipped. Scouts are made of the weights alone, so nothing here is calibrated.
+caller's: none is shipped. Scouts are made of the weights alone, or come from a file that
+`popjax calibrate scout --ends pruned --text OTHER.txt` wrote.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from popjax.evaluation.protocols import Case
 from popjax.evaluation.statistics import paired
 from popjax.methods import GateFirst, Method, OnlinePruning, Scout
 from popjax.methods.row_budgets import rows_of_online_pruning
-from popjax.scouts import make_scouts, with_scouts
+from popjax.scouts import Scouts, load_scouts, make_scouts, with_scouts
 from scripts.quality import loaded_windows, progress, window_parser, write_json
 
 FAITHFUL = "online-pruning"
@@ -97,13 +99,13 @@ def measure(
     prefix: int,
     ratios: Sequence[float],
     names: Sequence[str],
+    scouts: Scouts,
 ) -> list[Row]:
     """Online pruning and the methods named, at every ratio; all see a window before the next."""
     chosen = dict.fromkeys([FAITHFUL, *names])
     wanted = {(name, r): cases(r)[name] for r in ratios for name in chosen}
-    made = make_scouts(model.params, model.config, ends=True)
     # Methods without a scout are as they were: it lies beside the weights.
-    scouted = dataclasses.replace(model, params=with_scouts(model.params, made))
+    scouted = dataclasses.replace(model, params=with_scouts(model.params, scouts))
     named = {DENSE: Case()} | {key: Case(method=method) for key, method in wanted.items()}
     losses = paired_losses(scouted, windows, prefix, named, progress(len(windows)))
     dense = losses[DENSE]
@@ -125,9 +127,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
     known = list(cases(0.5))
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME")
+    parser.add_argument("--scout", type=Path, help="scout with copies of all layers")
     asked = parser.parse_args(argv)
     model, windows, count = loaded_windows(asked)
-    rows = measure(model, windows, asked.prefix, asked.ratios, asked.methods)
+    if asked.scout is None:
+        scouts = make_scouts(model.params, model.config, ends=True)
+    else:
+        scouts = load_scouts(asked.scout, model.params, model.config)
+    rows = measure(model, windows, asked.prefix, asked.ratios, asked.methods, scouts)
     protocol = (
         f"{model.name}, {asked.windows} windows spread over {count} tokens: prefix of "
         f"{asked.prefix}, next {asked.scored} scored as decode steps; ± one standard error"

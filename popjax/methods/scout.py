@@ -125,7 +125,7 @@ def scout_budget(mlp_dim: int, rows: int, copy: float, foretold: bool) -> ScoutB
     """How `rows` of F channels are spent, where a row of a scout is the share `copy` of a row.
 
     2 F of them come first. Of what is left three fifths are rows of down, of K channels, and two
-    are of gate and up, of X: so K = 3 X, but no more than 0.75 F, since what is foretold of the
+    are of gate and up, of X: so K = 3 X, but no more than 0.9 F, since what is foretold of the
     last ones does more harm than good. At 1.6 F rows and 4 bits in groups of 64, K = 0.641 F and
     X = 0.213 F; without `foretold` K = X = 0.356 F. All channels, and no scout, where `rows` are
     all 3 F; none where the scout alone is more.
@@ -134,7 +134,7 @@ def scout_budget(mlp_dim: int, rows: int, copy: float, foretold: bool) -> ScoutB
         return ScoutBudget(mlp_dim, mlp_dim)
     left = max(0.0, rows - 2 * mlp_dim * copy)
     alike = math.floor(left / 3)
-    on = max(alike, math.floor(min(0.75 * mlp_dim, left * 3 / 5)))
+    on = max(alike, math.floor(min(0.9 * mlp_dim, left * 3 / 5)))
     exact = min(on, math.floor((left - on) / 2))
     return ScoutBudget(on, exact) if foretold else ScoutBudget(alike, alike)
 

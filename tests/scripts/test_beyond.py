@@ -12,7 +12,7 @@ import popjax
 from popjax.continuation import continuation_logprobs
 from popjax.evaluation.windows import cut_windows
 from popjax.methods import GateFirst, Method, OnlinePruning, Scout
-from popjax.scouts import make_scouts, with_scouts
+from popjax.scouts import make_scouts, save_scouts, with_scouts
 from scripts import beyond
 from scripts.beyond import FAITHFUL, Row, share_read
 
@@ -41,6 +41,25 @@ def test_every_method_reads_the_bytes_of_online_pruning(deep_checkpoint: Path) -
         # What rounding to whole rows leaves: at most three of the 144 of a layer.
         assert 0 <= read[FAITHFUL] - share < 3 / 144, name
     assert share_read(Method(), config) == 1.0
+
+
+def test_scouts_of_a_file_are_used(deep_checkpoint: Path, tmp_path: Path) -> None:
+    """Copies that foretell nothing but zeros choose the first channels, whatever the token."""
+    loaded = popjax.load(str(deep_checkpoint))
+    made = make_scouts(loaded.params, loaded.config, ends=True)
+    blind = tuple(
+        {name: w * 0 if name.endswith("scale") else w for name, w in one.items()} for one in made
+    )
+    path, text = tmp_path / "scout.safetensors", tmp_path / "text.txt"
+    save_scouts(path, blind, loaded.params, loaded.config)
+    text.write_text(TEXT, encoding="utf-8")
+    asked = ["--text", str(text), "--model", str(deep_checkpoint), "--methods", "scout", *SHORT]
+    found = []
+    for name, more in (("none", []), ("blind", ["--scout", str(path)])):
+        beyond.main([*asked, *more, "--json", str(tmp_path / name)])
+        found.append(json.loads((tmp_path / name).read_text())["results"])
+    (faithful, scout), (same, other) = found
+    assert faithful["windows"] == same["windows"] and scout["windows"] != other["windows"]
 
 
 def test_the_script_scores_what_it_says(

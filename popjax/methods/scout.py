@@ -124,17 +124,17 @@ def scouts_for(method: Scout, params: Params, config: ModelConfig) -> scouts.Sco
 def scout_budget(mlp_dim: int, rows: int, copy: float, foretold: bool) -> ScoutBudget:
     """How `rows` of F channels are spent, where a row of a scout is the share `copy` of a row.
 
-    2 F of them come first. Of what is left three fifths are rows of down, of K channels, and two
-    are of gate and up, of X: so K = 3 X, but no more than 0.9 F, since what is foretold of the
-    last ones does more harm than good. At 1.6 F rows and 4 bits in groups of 64, K = 0.641 F and
-    X = 0.213 F; without `foretold` K = X = 0.356 F. All channels, and no scout, where `rows` are
+    2 F of them come first. Of what is left three quarters are rows of down, of K channels, and one
+    is of gate and up, of X: so K = 6 X, but no more than 0.9 F, since what is foretold of the last
+    ones does more harm than good. At 1.6 F rows and 4 bits in groups of 64, K = 0.801 F and
+    X = 0.133 F; without `foretold` K = X = 0.356 F. All channels, and no scout, where `rows` are
     all 3 F; none where the scout alone is more.
     """
     if rows >= 3 * mlp_dim:
         return ScoutBudget(mlp_dim, mlp_dim)
     left = max(0.0, rows - 2 * mlp_dim * copy)
     alike = math.floor(left / 3)
-    on = max(alike, math.floor(min(0.9 * mlp_dim, left * 3 / 5)))
+    on = max(alike, math.floor(min(0.9 * mlp_dim, left * 3 / 4)))
     exact = min(on, math.floor((left - on) / 2))
     return ScoutBudget(on, exact) if foretold else ScoutBudget(alike, alike)
 

@@ -17,5 +17,5 @@ def asked_of(method: Method, mlp_dim: int) -> ChannelBudget:
             gates = rows * 9 // 16
             return ChannelBudget(0, gates, rows - gates - (rows - gates) * 9 // 14)
         # Of which two copies of four bits, and a scale of sixteen for 32 of them, take a part.
-        return ChannelBudget(0, mlp_dim, int((rows - 2 * mlp_dim * 4.5 / 16) * 3 / 5))
+        return ChannelBudget(0, mlp_dim, int((rows - 2 * mlp_dim * 4.5 / 16) * 3 / 4))
     return channel_budget(mlp_dim, 0.5)

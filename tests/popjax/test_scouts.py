@@ -305,10 +305,10 @@ def test_other_layers_than_the_model_has() -> None:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_kernels_and_xla_give_one_answer(ratio: float) -> None:
-    """Also where three quarters of the channels go on, more than three times those exact."""
+    """Also where nine tenths of the channels go on, which is the most."""
     _, params = params_with()
     method = dataclasses.replace(ALIKE, ratio=ratio)
-    assert (method.budgets(CONFIG)[0].on == 36) == (ratio == 0.1)
+    assert (method.budgets(CONFIG)[0].on == 43) == (ratio == 0.1)
     kernels, xla = (decoded(params, method, rows=3, implementation=n) for n in ("native", "xla"))
     assert kernels.tokens.tolist() == xla.tokens.tolist()
     assert kernels.logits is not None and xla.logits is not None

@@ -29,7 +29,7 @@ import numpy as np
 import checkpoints
 from kernels_pallas.choice import implementation_for
 from kernels_pallas.masked_mlp import masked_mlp
-from popjax.bench import DENSE, BenchResult, Spread, bench, interleaved, speedup_text
+from popjax.bench import DENSE, BenchResult, Spread, Weights, bench, interleaved, speedup_text
 from popjax.families import family_of
 from popjax.methods import Griffin, Method, OnlinePruning
 from popjax.nn.ops import rms_norm
@@ -47,6 +47,7 @@ from scripts.bench_models import (
     random_prompt,
 )
 from scripts.bench_native import bandwidth_section, batch_section, choosing_section
+from scripts.quality import write_json
 
 SECTIONS = ("decode", "ffn", "prefill", "memory", "bandwidth", "batch", "choosing")
 
@@ -117,10 +118,20 @@ def against_torch(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any
 
 
 def decode_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, Any]:
+    """Whole decode steps of each method against dense, and of dense against torch where asked."""
+    values = timed_steps(model, methods_at(asked.ratio), asked)
+    if asked.torch:
+        values["torch"] = against_torch(model, asked)
+    return values
+
+
+def timed_steps(
+    model: Weights, methods: dict[str, Method], asked: argparse.Namespace
+) -> dict[str, Any]:
     """Whole decode steps of each method against dense, and against the ratio of bytes read."""
     result = bench(
         model,
-        methods_at(asked.ratio),
+        methods,
         prompt_ids=[random_prompt(model.config, asked.prompt_tokens)],
         new_tokens=asked.new_tokens,
         rounds=asked.rounds,
@@ -135,8 +146,6 @@ def decode_section(model: BenchModel, asked: argparse.Namespace) -> dict[str, An
                 f"    {row['speedup']}; bytes allow {row['bytes_ratio']:.2f}, "
                 f"share reached {row['share_of_bytes_ratio']:.2f}"
             )
-    if asked.torch:
-        values["torch"] = against_torch(model, asked)
     return values
 
 
@@ -327,9 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 values["llama.cpp"] = against_llama_cpp(model, asked)
             del model  # before the next one is made beside it
     if asked.json is not None:
-        partial = asked.json.with_name(asked.json.name + ".partial")
-        partial.write_text(json.dumps(measured, indent=2) + "\n")
-        os.replace(partial, asked.json)
+        write_json(asked.json, measured)
 
 
 if __name__ == "__main__":

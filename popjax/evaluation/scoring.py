@@ -67,8 +67,8 @@ class Scorer:
                 if not math.isfinite(total):
                     raise ValueError(
                         f"a log-likelihood under {self.case.name} is {total}: the weights or the "
-                        "dtype overflow; check the checkpoint (`popjax generate --check-tensors`) "
-                        "or use --dtype float32"
+                        "dtype overflow; check the checkpoint (check_tensors=True) or load it in "
+                        "float32"
                     )
                 yield i, Score(total, n, bool(best[row, :n].all()))
 

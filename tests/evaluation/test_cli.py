@@ -185,7 +185,7 @@ def test_cases_are_named_by_what_they_take_away() -> None:
         (["--num-fewshot", "2"], 2, "--num-fewshot: it is of tasks that lm-eval has, and only"),
         (["--include-path", "."], 2, "--include-path: it is of tasks that lm-eval has"),
         (["--tasks", "arc_easy", "--include-path", "nowhere"], 2, "there is no folder nowhere"),
-        (["--max-length", "5000"], 1, "max_length 5000 is outside 2..1024"),
+        (["--max-length", "5000"], 1, "--max-length 5000 is outside 2..1024"),
         (["--max-length", "4"], 1, "of pets has 7 tokens, above"),
     ],
 )

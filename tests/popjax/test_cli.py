@@ -194,7 +194,7 @@ def test_generate_picks_the_method(popjax: Any, arguments: list[str], method: st
         (["--ratio", "0.5", "--prefill", "fast"], "prefill 'fast' is unknown"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--temperature", "-1", "--do-sample"], "temperature -1.0 is out of range"),
-        (["--top-p", "2", "--do-sample"], "top_p 2.0 is out of range"),
+        (["--top-p", "2", "--do-sample"], "--top-p 2.0 is out of range"),
         (["--top-k", "3", "--greedy"], "no effect on greedy"),
         (["--dtype", "int8"], "dtype 'int8' is not supported"),
         (["--compare-dense"], "compares FFN pruning alone"),

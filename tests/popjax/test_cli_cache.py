@@ -81,7 +81,7 @@ def test_wrong_options_are_wrong_usage(command: Any, arguments: list[str], words
         (["--kv-tokens", "8"], "--kv-tokens: tokens 8 is below"),
         (["--kv-keep", "0.5", "--kv-tokens", "40"], "--kv-keep / --kv-tokens: give one"),
         (["--kv-every", "40"], "--kv-every: --kv-every needs"),
-        (["--kv-keep", "0.5", "--kv-every", "40"], "give --kv-tokens=256"),
+        (["--kv-keep", "0.5", "--kv-every", "40"], "give --kv-tokens 256"),
         (["--kv", "h2o", "--kv-tokens", "40", "--kv-every", "40"], "--kv-every: H2O scores"),
         (["--kv-tokens", "40", "--kv-every", "8"], "--kv-every: --kv-every 8 is below the window"),
         (["--kv-tokens", "40", "--prefill-chunk", "8"], "--prefill-chunk: --prefill-chunk 8 is"),

@@ -19,7 +19,7 @@ Kv = Annotated[
     typer.Option(
         "--kv",
         help="Evict cache entries of the prompt: laprox, snapkv, adakv, criticalkv, pyramidkv, "
-        "prefixkv, h2o, tova, streaming-llm or kvzip.",
+        "prefixkv, h2o, tova, streaming-llm or kvzip; with --kv-gates fast-kvzip.",
         rich_help_panel=_PANEL,
     ),
 ]

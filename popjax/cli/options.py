@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from popjax.cli.artefacts import check_artefact
 from popjax.cli.terminal import Status, say
 
 if TYPE_CHECKING:
@@ -211,12 +212,17 @@ def chosen_method(name: str | None, *, default: str = "dense", **given: Any) -> 
         asked = any(value is not None for value in given.values())
         name = "online-pruning" if asked else default
     try:
-        return method_named(name, **given)
+        method = method_named(name, **given)
     except ValueError as error:
         message = str(error)
         if "needs a ratio" in message:
             message += f", such as --ratio {DEFAULT_RATIO}"
         raise typer.BadParameter(message, param_hint=_blamed(message, given)) from error
+    if method.calibration is not None:
+        from popjax.calibration.statistics import FORM
+
+        check_artefact(Path(method.calibration), "--statistics", FORM)
+    return method
 
 
 def _blamed(message: str, given: dict[str, Any]) -> str:

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import checkpoints
 from popjax import LanguageModel, PrefillPruning, ShortGPT, SnapKV
+from popjax.calibration.statistics import FORM
 from popjax.cli import app
 from popjax.cli.evaluation_options import chosen_cases
 from popjax.continuation import continuation_logprobs
@@ -246,13 +249,12 @@ def test_calibrated_methods_are_none_of_a_single_pass(command: Any, tmp_path: Pa
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     asked = ("perplexity", "--text", str(text), *SHORT, *ONLINE, "--method", "flap")
-    asked = (*asked, "--statistics", str(tmp_path / "none.safetensors"))
-    refused = command(*asked, "--protocol", "single-pass")
+    missing = command(*asked, "--statistics", str(tmp_path / "none.safetensors"))
+    assert missing.exit_code == 2 and "is not a file: give one of kind" in said(missing)
+    file = tmp_path / "statistics.safetensors"
+    checkpoints.save_bundle(file, FORM.kind, FORM.version, {"a": np.zeros(1)}, {})
+    refused = command(*asked, "--statistics", str(file), "--protocol", "single-pass")
     assert refused.exit_code == 2 and "runs no method that is calibrated" in said(refused)
-    out = tmp_path / "out.jsonl"
-    missing = command(*asked, "--out", str(out))
-    assert missing.exit_code == 1 and "cannot be read" in said(missing)
-    assert not out.exists()
 
 
 def test_a_ratio_that_cannot_be_served_begins_no_file(command: Any, tmp_path: Path) -> None:

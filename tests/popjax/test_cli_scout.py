@@ -61,7 +61,10 @@ def test_a_scout_is_written_and_used(command: Any, tmp_path: Path) -> None:
     [
         (("--method", "scout", "--ratio", "0.3"), "scout needs --scout FILE"),
         (("--scout", "none.safetensors"), "it is of --method scout"),
-        (("--method", "scout", "--ratio", "0.3", "--scout", "none"), "there is no file none"),
+        (
+            ("--method", "scout", "--ratio", "0.3", "--scout", "none"),
+            "none is not a file: give",
+        ),
     ],
 )
 def test_scouts_and_methods_go_together(

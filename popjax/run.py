@@ -45,8 +45,9 @@ class RunResult:
     step that produced token i+1; logits [B, n, V]. seconds: compile, prefill, evict, plan, pack,
     decode.
     implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kept: what
-    an eviction left of the prompt, or of the context; None where nothing went; pooled_tokens: how
-    many tokens these had, and those decoded since that were evicted among them. layers: those of
+    an eviction left of the prompt, or of the context; None where nothing went, and then idle says
+    why, where it was asked for; pooled_tokens: how many tokens these had, and those decoded since
+    that were evicted among them. layers: those of
     the model that ran, which everything here is of; depth: what the prompts, of prompt_lengths
     after context_tokens, did at each, None where they ran all.
     """
@@ -66,6 +67,7 @@ class RunResult:
     packed_bytes: int
     implementation: str
     kept: kv.Kept | None = None
+    idle: str | None = None
     pooled_tokens: int = 0
     layers: tuple[int, ...] = ()
     depth: DepthPlan | None = None
@@ -146,7 +148,11 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     result = _result(request, state, partition, kept, clock, compilations, extra)
     plan = None if request.depth is None else request.depth.plan(config)
     pooled = result.pooled_tokens + entered
-    return dataclasses.replace(result, layers=layers, depth=plan, pooled_tokens=pooled)
+    idle = None
+    if asked.eviction is not None and kept is None:
+        idle = asked.eviction.idle(result.prompt_lengths)
+    more = {"idle": idle, "pooled_tokens": pooled}
+    return dataclasses.replace(result, layers=layers, depth=plan, **more)
 
 
 def _prefill(request: Request, config: ModelConfig, method: Method, mesh: Mesh | None) -> Prefill:

@@ -22,6 +22,7 @@ from popjax import axes, default_model
 from popjax.config import ModelConfig
 from popjax.families import Family, family_of, model_config
 from popjax.families import gguf as gguf_family
+from popjax.families.mixture import check_expert_count, count_key
 from popjax.sparsity import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -146,6 +147,9 @@ def read_params(
     started = time.perf_counter()
     rows = source.family.hf_rows if source.metadata is None else source.family.gguf_rows
     shapes = axes.parameter_shapes(source.config)
+    if any(layer.moe is not None for layer in source.config.layers):
+        named = count_key(source.raw) if source.metadata is None else "expert_count"
+        check_expert_count(source.tensors, rows, source.config, named)
     params = checkpoints.convert(
         source.tensors,
         rows,

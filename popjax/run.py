@@ -28,6 +28,7 @@ from popjax.eviction.pool import alignment
 from popjax.generate import PROGRAMS, DecodeState, Masks
 from popjax.implementation import chosen_implementation
 from popjax.methods import Method, check_evaluated
+from popjax.nonfinite import not_finite
 from popjax.packing import pack
 from popjax.prefilling import Prefill, after_eviction, prefilled
 from popjax.refreshing import Refresher
@@ -193,31 +194,16 @@ def plan_channels(
     plan, finite = PROGRAMS.plan(statistics, config=config, method=method, mesh=mesh)
     bad = np.flatnonzero(~np.asarray(finite)).tolist()
     if bad:
-        raise ValueError(
-            f"channel scores of layers {bad[:8]} are not finite for this prompt: "
-            f"{_culprit(params)}; check the checkpoint (check_tensors=True) or load it in float32"
-        )
+        what = f"channel scores of layers {bad[:8]} are not finite for this prompt"
+        raise not_finite(what, params)
     check_evaluated(method, config, [part.evaluated for part in plan.channels or ()])
     return plan.channels
-
-
-def _culprit(params: Params | None) -> str:
-    """Why numbers of a run are not finite: routers that are not, or a guess."""
-    layers = {} if params is None else params
-    routers = {name: held["moe"]["router"] for name, held in layers.items() if "moe" in held}
-    bad = [name for name, router in routers.items() if not bool(jnp.all(jnp.isfinite(router)))]
-    if bad:
-        return f"the router of {', '.join(bad[:8])} has NaN or infinities"
-    return "the weights or the dtype overflow"
 
 
 def _check_finite(state: DecodeState, params: Params) -> None:
     bad = np.flatnonzero(~np.asarray(state.finite)).tolist()
     if bad:
-        raise ValueError(
-            f"logits of rows {bad[:8]} are not finite: {_culprit(params)}; check "
-            "the checkpoint (check_tensors=True) or load it in float32"
-        )
+        raise not_finite(f"logits of rows {bad[:8]} are not finite", params)
 
 
 def _mask_buffers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,8 +30,11 @@ MethodName = Annotated[
     ),
 ]
 Ratio = Annotated[float, typer.Option(help="Share of FFN channels to remove, 0 to 1.")]
-Samples = Annotated[int, typer.Option(min=1, help="How many windows of the text are read.")]
-Window = Annotated[int, typer.Option(min=1, help="Tokens of each window.")]
+SAMPLES, WINDOW = 16, 512
+Samples = Annotated[
+    int | None, typer.Option(min=1, help=f"How many windows of the text are read ({SAMPLES}).")
+]
+Window = Annotated[int | None, typer.Option(min=1, help=f"Tokens of each window ({WINDOW}).")]
 
 
 @command
@@ -45,8 +48,8 @@ def export(
     method: MethodName = "frozen",
     ratio: Ratio = options.DEFAULT_RATIO,
     statistics: options.Statistics = None,
-    samples: Samples = 16,
-    window: Window = 512,
+    samples: Samples = None,
+    window: Window = None,
 ) -> None:
     """Remove FFN channels for good, and save what is left as an ordinary checkpoint.
 
@@ -56,14 +59,17 @@ def export(
     from checkpoints import refuse_existing
 
     chosen = options.chosen_method(method, ratio=ratio, statistics=statistics)
-    words = _words(text, method, chosen.calibration is not None)
+    given = {"--text": text, "--samples": samples, "--window": window}
+    words = _words(given, method, chosen.calibration is not None)
     refuse_existing(folder)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     with Status() as status:
         status.say("Ranking channels")
         from popjax.exporting import calibrated_partition, statically_pruned
 
-        windows = [[0]] if words is None else windows_of(loaded, words, samples, window)
+        windows = [[0]]
+        if words is not None:
+            windows = windows_of(loaded, words, samples or SAMPLES, window or WINDOW)
         narrow = statically_pruned(loaded, calibrated_partition(loaded, windows, chosen))
         status.say(f"Writing {folder}")
         narrow.save(str(folder))
@@ -71,12 +77,14 @@ def export(
     say(f"popjax: wrote {folder}, with {after} of {before} FFN channels in every layer")
 
 
-def _words(text: Path | None, method: str, calibrated: bool) -> str | None:
+def _words(given: dict[str, Any], method: str, calibrated: bool) -> str | None:
     """The text that channels are ranked on; None where statistics say it all."""
+    text = given["--text"]
     if calibrated:
-        if text is not None:
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
             raise typer.BadParameter(
-                f"{method} ranks channels by --statistics: leave it out", param_hint="--text"
+                f"{method} ranks channels by --statistics: leave it out", param_hint=unused[0]
             )
         return None
     if text is None:

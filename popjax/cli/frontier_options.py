@@ -26,7 +26,9 @@ Text = Annotated[
 ]
 Figure = Annotated[
     Path | None,
-    typer.Option(help="Draw that loss against bytes and time, a PNG.", rich_help_panel=_PANEL),
+    typer.Option(
+        help="Draw that loss against bytes and time: a .png, .pdf or .svg.", rich_help_panel=_PANEL
+    ),
 ]
 WINDOWS, PREFIX, SCORED = 8, 512, 256
 Windows = Annotated[
@@ -68,9 +70,12 @@ def chosen(
     """What the options ask for; None without a text. Wrong usage for others of them without one."""
     if text is not None:
         if figure is not None:
-            from popjax.picture import require_matplotlib
+            from popjax.frontier import picture_format
 
-            require_matplotlib()
+            try:
+                picture_format(figure)
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--figure") from error
         size = (windows or WINDOWS, prefix or PREFIX, scored or SCORED)
         return Scoring(read_text(text, "--text"), figure, *size)
     if figure is not None:

@@ -162,6 +162,7 @@ class ModelChoice:
         """The checkpoint with its config read, and no weight."""
         from popjax.loading import open_source, parse_dtype
 
+        refuse_revision(self.name, self.revision)
         if self.dtype is not None:
             try:
                 parse_dtype(self.dtype)
@@ -198,6 +199,16 @@ class ModelChoice:
             )
         params, seconds = read_params(source, dtype=dtype, check_tensors=self.check_tensors)
         return LanguageModel(source.name, source.config, params, source, seconds)
+
+
+def refuse_revision(name: str | None, revision: str | None) -> None:
+    """Wrong usage for a revision of a model that does not come from the hub."""
+    from popjax.loading import check_revision
+
+    try:
+        check_revision(name, revision)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--revision") from error
 
 
 def chosen_method(name: str | None, *, default: str = "dense", **given: Any) -> Method:

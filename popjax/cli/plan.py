@@ -127,6 +127,7 @@ def model_config(model: str, revision: str | None, offline: bool) -> tuple[str, 
     from popjax.families import model_config as parsed
     from popjax.loading import open_source
 
+    options.refuse_revision(None if model == "default" else model, revision)
     path = Path(model).expanduser()
     if model == "default" or path.suffix == ".gguf":
         source = open_source(None if model == "default" else model, local_files_only=offline)

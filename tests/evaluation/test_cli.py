@@ -119,6 +119,28 @@ def test_an_interrupted_run_goes_on_and_others_are_refused(
     assert "(cases: online-pruning ratio 0.5: method: gamma 0.1, now 0.2)" in said(banded)
 
 
+@pytest.mark.parametrize("bad", ["words", None, True, [1], {"a": 1}])
+def test_results_of_another_form_are_one_sentence(
+    command: Any, task_file: Callable[..., Path], tmp_path: Path, bad: Any
+) -> None:
+    text = tmp_path / "fox.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    for asked in (
+        ("eval", "--tasks", str(task_file()), "--limit", "1"),
+        ("perplexity", "--text", str(text), *SHORT),
+    ):
+        out = tmp_path / f"{asked[0]}.jsonl"
+        assert command(*asked, "--out", str(out)).exit_code == 0
+        first, line, *others = out.read_text().splitlines()
+        record = json.dumps({**json.loads(line), "value": bad})
+        out.write_text("\n".join([first, record, *others, ""]))
+        refused = command(*asked, "--out", str(out))
+        assert refused.exit_code == 1
+        assert "is damaged: the value of 'dense|" in said(refused) and "unexpected" not in said(
+            refused
+        )
+
+
 def test_perplexity_of_windows_is_paired_with_dense(
     command: Any, tmp_path: Path, long_model: LanguageModel
 ) -> None:

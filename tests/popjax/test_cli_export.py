@@ -90,10 +90,12 @@ def test_statistics_may_decide_in_place_of_a_text(
         refused = run("--method", method)
         assert refused.exit_code == 1
         assert "that no plain checkpoint holds: use frozen, griffin or wanda-sp" in refused.stderr
-    text = run("--method", "wanda-sp", "--text", str(file))
-    assert text.exit_code == 2 and "ranks channels by --statistics: leave it out" in flat(
-        text.stderr
-    )
+    for option, value in (("--text", str(file)), ("--samples", "3"), ("--window", "64")):
+        idle = run("--method", "wanda-sp", option, value)
+        assert idle.exit_code == 2
+        assert f"{option}: wanda-sp ranks channels by --statistics: leave it out" in flat(
+            idle.stderr
+        )
     assert not (tmp_path / "out").exists()
     result = run("--method", "wanda-sp")
     assert result.exit_code == 0, result.stderr

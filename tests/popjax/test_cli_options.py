@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import popjax
 import popjax.cli
 from popjax.cli import app
 from popjax.cli.bench import bench
@@ -81,6 +82,24 @@ def test_failures_and_wrong_usage_name_options(tiny_checkpoint: Path) -> None:
     skipped = ["--ratio", "0.5", "--skip", "1"]
     failed = CliRunner().invoke(app, [*asked, *skipped])
     assert failed.exit_code == 1 and "skip fewer, or leave out --method" in words(failed.stderr)
+
+
+def test_a_revision_is_of_models_on_the_hub(tiny_checkpoint: Path) -> None:
+    here, prompt = str(tiny_checkpoint), ["generate", "hello"]
+    for command, named in (
+        (prompt, ["--model", here]),
+        (prompt, ["--model", "some.gguf"]),
+        (prompt, []),
+        (["inspect"], ["--model", here]),
+        (["plan", "--target", "v5e:2x2"], ["--model", here]),
+        (["plan", "--target", "v5e:2x2"], ["--model", f"{here}/config.json"]),
+        (["plan", "--target", "v5e:2x2"], ["--model", "default"]),
+    ):
+        refused = CliRunner().invoke(app, [*command, *named, "--revision", "v2"])
+        assert refused.exit_code == 2
+        assert "--revision: revision 'v2' is of models on the hub, and" in words(refused.stderr)
+    with pytest.raises(ValueError, match="which lies here, has none: leave it out"):
+        popjax.load(here, revision="main")
 
 
 def test_help_of_inspect_says_one_thing_of_the_model() -> None:

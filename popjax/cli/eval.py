@@ -109,7 +109,10 @@ def evaluate(
     from popjax.evaluation.run import How, evaluate_tasks
     from popjax.evaluation.task_files import load_tasks
 
-    read = load_tasks(files, limit)
+    try:
+        read = load_tasks(files, limit)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tasks") from error
     manager = _manager(named, include_path, offline) if named else None
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
@@ -144,7 +147,10 @@ def _manager(names: list[str], include: Path | None, offline: bool) -> TaskManag
 
     with Status() as status:
         status.say("Reading lm-eval's tasks")
-        manager = task_manager(names, include)
+        try:
+            manager = task_manager(names, include)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--tasks") from error
         status.say(f"Loading the data of {', '.join(names)}")
         check_data(manager, names)
     return manager

@@ -11,6 +11,7 @@ from popjax.cli import options
 from popjax.cli.terminal import Status, command, say
 
 if TYPE_CHECKING:
+    from popjax.methods import Method
     from popjax.model import LanguageModel
 
 Folder = Annotated[
@@ -56,12 +57,11 @@ def export(
     Unlike the other commands, which decide anew for every prompt, this decides once, from --text or
     --statistics.
     """
-    from checkpoints import refuse_existing
-
     chosen = options.chosen_method(method, ratio=ratio, statistics=statistics)
+    _check_method(chosen)
     given = {"--text": text, "--samples": samples, "--window": window}
     words = _words(given, method, chosen.calibration is not None)
-    refuse_existing(folder)
+    _check_folder(folder)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     with Status() as status:
         status.say("Ranking channels")
@@ -77,6 +77,33 @@ def export(
     say(f"popjax: wrote {folder}, with {after} of {before} FFN channels in every layer")
 
 
+def _check_method(method: Method) -> None:
+    """Wrong usage for a method whose pruning no plain checkpoint holds."""
+    from popjax.exporting import check_calibration
+    from popjax.methods import Method, method_name
+
+    try:
+        check_calibration(method)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--method") from error
+    if type(method).selection is not Method.selection:
+        raise typer.BadParameter(
+            f"{method_name(method)} chooses channels anew at every step, which no plain checkpoint "
+            "can do: use frozen or griffin",
+            param_hint="--method",
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Wrong usage for a place that is taken, or that takes no folder."""
+    from checkpoints import CheckpointError, refuse_existing
+
+    try:
+        refuse_existing(folder)
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error), param_hint="FOLDER") from error
+
+
 def _words(given: dict[str, Any], method: str, calibrated: bool) -> str | None:
     """The text that channels are ranked on; None where statistics say it all."""
     text = given["--text"]
@@ -89,10 +116,7 @@ def _words(given: dict[str, Any], method: str, calibrated: bool) -> str | None:
         return None
     if text is None:
         raise typer.BadParameter(f"{method} ranks channels on one: give it", param_hint="--text")
-    words = options.read_text(text, "--text")
-    if not words.strip():
-        raise typer.BadParameter(f"{text} holds no text", param_hint="--text")
-    return words
+    return options.read_words(text, "--text")
 
 
 def windows_of(model: LanguageModel, words: str, samples: int, window: int) -> list[list[int]]:

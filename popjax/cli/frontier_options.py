@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli.options import read_text
+from popjax.cli.options import read_words
 from popjax.cli.terminal import Status
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def chosen(
             except ValueError as error:
                 raise typer.BadParameter(str(error), param_hint="--figure") from error
         size = (windows or WINDOWS, prefix or PREFIX, scored or SCORED)
-        return Scoring(read_text(text, "--text"), figure, *size)
+        return Scoring(read_words(text, "--text"), figure, *size)
     if figure is not None:
         raise typer.BadParameter("the picture shows quality: give --text", param_hint="--figure")
     for option, value in (("--windows", windows), ("--prefix", prefix), ("--scored", scored)):

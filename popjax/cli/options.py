@@ -317,9 +317,19 @@ def read_text(file: Path | None, option: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{_named(file)} is not UTF-8 at byte {error.start}: convert it"
+        raise typer.BadParameter(
+            f"{_named(file)} is not UTF-8 at byte {error.start}: convert it", param_hint=option
         ) from error
+
+
+def read_words(file: Path, option: str) -> str:
+    """As `read_text`; wrong usage for a text without a word in it."""
+    text = read_text(file, option)
+    if not text.strip():
+        raise typer.BadParameter(
+            f"{_named(file)} is empty: give a text with words in it", param_hint=option
+        )
+    return text
 
 
 def _named(file: Path | None) -> str:

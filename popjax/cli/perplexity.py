@@ -96,9 +96,7 @@ def perplexity(
                 f"{protocol} scores every token in windows of --max-length: leave it out",
                 param_hint=option,
             )
-    words = options.read_text(text, "--text")
-    if not words.strip():
-        raise ValueError(f"{text} is empty: give a text with something to score")
+    words = options.read_words(text, "--text")
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
     loaded = gate_options.with_gates(loaded, kv_gates)

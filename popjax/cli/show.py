@@ -85,6 +85,11 @@ def show(
         raise typer.BadParameter(
             f"{output} must be a .png file in a folder that exists", param_hint="--output"
         )
+    if len(layer or ()) > picture.MAX_PANELS:
+        raise typer.BadParameter(
+            f"{len(layer or ())} layers do not fit in one picture: name {picture.MAX_PANELS}",
+            param_hint="--layer",
+        )
     text = options.read_prompt(prompt, prompt_file)
     picture.require_matplotlib()  # before the work, not after it
     loaded = options.ModelChoice(model, revision, dtype, offline).load()

@@ -137,9 +137,10 @@ class Status:
 def command(function: Callable[P, T]) -> Callable[P, T]:
     """A command whose failures become one sentence on stderr and an exit code.
 
-    130 for Ctrl-C, 1 for everything else that the body raises. Wrong usage (typer.BadParameter)
-    and a closed pipe pass through: typer ends those with 2, and with 1 and no word. Arguments of
-    Python that an error names are written as the command's options.
+    130 for Ctrl-C, 1 for everything else that the body raises. Wrong usage (typer.BadParameter:
+    what options, and the files they name, show without a model) and a closed pipe pass through:
+    typer ends those with 2, and with 1 and no word. Arguments of Python that an error names are
+    written as the command's options.
     """
 
     @functools.wraps(function)

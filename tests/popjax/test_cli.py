@@ -265,8 +265,8 @@ def test_prompt_comes_from_argument_file_or_pipe(popjax: Any, tmp_path: Path) ->
 
 def test_prompt_that_is_not_text_fails(popjax: Any) -> None:
     result = popjax("generate", stdin=b"good \xff bad")
-    assert result.exit_code == 1
-    assert "standard input is not UTF-8 at byte 5" in result.stderr
+    assert result.exit_code == 2
+    assert "standard input is not UTF-8 at byte 5" in flat(result.stderr)
 
 
 def test_chat_option_applies_the_template(popjax: Any, tiny_model: LanguageModel) -> None:

@@ -204,20 +204,22 @@ def test_a_token_reads_the_rows_of_its_own_experts() -> None:
     assert masked.read_bytes == dense
 
 
-def test_a_router_that_is_not_finite_is_named() -> None:
+@pytest.mark.parametrize("layer", ["layer_0", "layer_1"])
+def test_a_router_that_is_not_finite_is_named(layer: str) -> None:
+    """That of the first layer spoils what the second shows to methods, the other the logits."""
     config = tiny("olmoe")
     params = random_params(config)
-    moe = params["layer_1"]["moe"]
-    params["layer_1"]["moe"] = {**moe, "router": moe["router"].at[3, 0].set(jnp.nan)}
+    moe = params[layer]["moe"]
+    params[layer]["moe"] = {**moe, "router": moe["router"].at[3, 0].set(jnp.nan)}
     asked: list[dict[str, Any]] = [{"method": Method()}, {"method": Frozen(0.5)}]
     asked += [{"eviction": LaProx(tokens=4, window=2)}]
     for each in asked:
-        with pytest.raises(ValueError, match="the router of layer_1 has NaN"):
+        with pytest.raises(ValueError, match=f"the router of {layer} has NaN"):
             run(params, config, Request(PROMPTS, 3, **each))
     pairs = [Pair((5, 6, 7), (8, 9))]
     cases = [Case("dense"), Case("frozen", Frozen(0.5))]
     for case, protocol in itertools.product(cases, (SPLIT, SINGLE_PASS)):
-        with pytest.raises(ValueError, match="the router of layer_1 has NaN"):
+        with pytest.raises(ValueError, match=f"the router of {layer} has NaN"):
             list(Scorer(params, config, case, protocol).scores(pairs))
 
 

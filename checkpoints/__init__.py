@@ -8,7 +8,7 @@ of our own, `save_bundle` for what belongs to a model but is none. Every unusabl
 
 from checkpoints import store
 from checkpoints.atomic import refuse_existing
-from checkpoints.bundle import load_bundle, save_bundle
+from checkpoints.bundle import check_bundle, load_bundle, save_bundle
 from checkpoints.digest import sha256
 from checkpoints.engine import Row, convert, nested
 from checkpoints.errors import CheckpointError
@@ -31,6 +31,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "Transform",
+    "check_bundle",
     "convert",
     "export",
     "fetch_folder",

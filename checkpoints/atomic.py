@@ -3,6 +3,7 @@
 Leaves out locking: two writers of one file both succeed, and the last rename wins.
 """
 
+import errno
 import os
 import shutil
 import uuid
@@ -36,11 +37,14 @@ def _unusable(target: Path, error: OSError) -> CheckpointError:
 
 
 def refuse_existing(target: Path) -> None:
-    """`CheckpointError` if `target` is a file or a folder that holds something, or is no name."""
+    """`CheckpointError` if `target` is a file, a folder that holds something, or cannot be one."""
     try:
+        blocked = any(parent.exists() and not parent.is_dir() for parent in target.parents)
         taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     except OSError as error:  # too long a name, or a folder that is closed
         raise _unusable(target, error) from error
+    if blocked:
+        raise _unusable(target, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if taken:
         raise CheckpointError(
             f"{target} exists and is not an empty folder: choose another place or remove it first"

@@ -47,31 +47,48 @@ def save_bundle(
     return target
 
 
-def load_bundle(
-    path: str | os.PathLike[str], kind: str, version: str
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and strings of a file that `save_bundle` wrote as this kind and version.
+def check_bundle(
+    path: str | os.PathLike[str], kind: str, version: str, writer: str
+) -> tuple[SafetensorsFolder, dict[str, str]]:
+    """The file, open with no array read, and its strings, once it is of this kind and version.
 
-    `CheckpointError` for a file that is missing, damaged, truncated, of another kind or version.
+    writer: the command or call that makes such files. `CheckpointError` for one that is missing,
+    damaged, truncated, of another kind or version.
     """
     source = Path(path)
-    if not source.is_file():
-        raise CheckpointError(f"{source} is not a file: give the path of a saved {kind}")
+    if not _is_file(source):
+        raise CheckpointError(
+            f"{str(source)[:80]} is not a file: give one of kind {kind!r}, as `{writer}` writes it"
+        )
     entries = read_header(source)
     with safe_open(str(source), framework="np") as opened:
         about = dict(opened.metadata() or {})
     if about.get(_KIND) != kind:
+        held = repr(about[_KIND]) if _KIND in about else "something else"
         raise CheckpointError(
-            f"{source} holds {about.get(_KIND, 'something else')!r}, not a {kind}: give the path "
-            f"of a saved {kind}"
+            f"{source} holds {held}, not a {kind}: give one that `{writer}` wrote"
         )
     if about.get(_VERSION) != version:
         raise CheckpointError(
             f"{source} is a {kind} of version {about.get(_VERSION)!r}, and this popjax reads "
-            f"{version!r}: make it again"
+            f"{version!r}: make it again with `{writer}`"
         )
-    folder = SafetensorsFolder(str(source), entries)
+    return SafetensorsFolder(str(source), entries), about
+
+
+def load_bundle(
+    path: str | os.PathLike[str], kind: str, version: str, writer: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and strings of a file that `save_bundle` wrote; raises as `check_bundle` does."""
+    folder, about = check_bundle(path, kind, version, writer)
     return {name: folder.read(name) for name in folder.names()}, about
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the system, or a folder that is closed
+        return False
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ Leaves out what the arrays mean and whether they are complete: their readers che
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,22 @@ from popjax.fingerprint import fingerprint
 from popjax.sparsity import Params
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Which file an artefact lies in: its kind and version, and the command that writes such."""
+
+    kind: str
+    version: str
+    command: str
+
+    def check(self, path: str | os.PathLike[str]) -> None:
+        """Raise CheckpointError unless a file is of this form, whatever model it is for."""
+        checkpoints.check_bundle(path, self.kind, self.version, self.command)
+
+
 def save_artefact(
     path: str | os.PathLike[str],
-    form: tuple[str, str],
+    form: Form,
     arrays: Mapping[str, Any],
     params: Params,
     config: ModelConfig,
@@ -28,15 +42,15 @@ def save_artefact(
 ) -> Path:
     """Write arrays of this model into one new safetensors file; returns its path.
 
-    form: kind and version. Raises CheckpointError where the path exists.
+    Raises CheckpointError where the path exists.
     """
     named = {"fingerprint": fingerprint(params, config), **about}
-    return checkpoints.save_bundle(path, *form, arrays, named)
+    return checkpoints.save_bundle(path, form.kind, form.version, arrays, named)
 
 
 def load_artefact(
     path: str | os.PathLike[str],
-    form: tuple[str, str],
+    form: Form,
     params: Params,
     config: ModelConfig,
     words: tuple[str, str],
@@ -46,7 +60,7 @@ def load_artefact(
     words: what they are, and what to do about those of another model. Raises CheckpointError for a
     file that is damaged, of another kind or version, or of another model.
     """
-    arrays, about = checkpoints.load_bundle(path, *form)
+    arrays, about = checkpoints.load_bundle(path, form.kind, form.version, form.command)
     mine, (what, remedy) = fingerprint(params, config), words
     if about.get("fingerprint") != mine:
         raise checkpoints.CheckpointError(
@@ -68,4 +82,4 @@ def given_path(name: str, value: Any, command: str) -> str:
     raise ValueError(f"{name} {value!r} is not a path: give the file that `{command}` wrote")
 
 
-__all__ = ["given_path", "load_artefact", "save_artefact"]
+__all__ = ["Form", "given_path", "load_artefact", "save_artefact"]

@@ -60,7 +60,7 @@ def load_context(
     Raises CheckpointError for a file that is damaged, truncated, of another version or of another
     model; nothing is half restored.
     """
-    arrays, about = checkpoints.load_bundle(path, KIND, VERSION)
+    arrays, about = checkpoints.load_bundle(path, KIND, VERSION, "Context.save(FILE)")
     if about.get("fingerprint") != fingerprint:
         raise checkpoints.CheckpointError(
             f"{path} is a context of another model (fingerprint {about.get('fingerprint')}, this "

@@ -101,7 +101,7 @@ def continuation_logits(
     if not steps:
         return first
     if partition is None:
-        partition = plan_channels(outputs.statistics, config, method, mesh)
+        partition = plan_channels(outputs.statistics, config, method, mesh, params)
     params = decoding
     if partition is not None:
         params, config, partition = pack(params, config, partition, mesh)

@@ -32,11 +32,7 @@ def calibrated_partition(
     channels, and for a mixture of experts.
     """
     _check_no_experts(model)
-    if method.calibration is not None and not isinstance(method, WandaSP):
-        raise ValueError(
-            f"{method} is calibrated by a file, and may bring a bias or thresholds that no plain "
-            "checkpoint holds: use frozen, griffin or wanda-sp"
-        )
+    check_calibration(method)
     found = run(model.params, model.config, Request(windows, 1, method=method)).partition
     if found is None:
         raise ValueError(f"{method} prunes no FFN channels: name another method, such as frozen")
@@ -72,6 +68,15 @@ def statically_pruned(model: LanguageModel, partition: Partitions) -> LanguageMo
     source = dataclasses.replace(model.source, raw=raw, config=config)
     name = f"{model.name}-ffn{width}"
     return dataclasses.replace(model, name=name, config=config, params=params, source=source)
+
+
+def check_calibration(method: Method) -> None:
+    """Raise ValueError for a method that is calibrated for more than the choice of channels."""
+    if method.calibration is not None and not isinstance(method, WandaSP):
+        raise ValueError(
+            f"{method} is calibrated by a file, and may bring a bias or thresholds that no plain "
+            "checkpoint holds: use frozen, griffin or wanda-sp"
+        )
 
 
 def _check_no_experts(model: LanguageModel) -> None:

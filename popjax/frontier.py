@@ -73,13 +73,13 @@ def points(result: BenchResult, losses: Mapping[str, Sequence[float]]) -> tuple[
 
 
 def draw(path: str | os.PathLike[str], found: Sequence[Point], *, title: str) -> Path:
-    """Write a PNG of the points: left over bytes a token, right over time a step; returns its path.
+    """Draw the points into a file: left over bytes a token, right over time a step; its path.
 
     Bars are one standard error of the loss, and least to most of the rounds. Points of one kind of
     method (the words before its ratio) share colour and shape, and are joined. Raises ImportError
-    without matplotlib.
+    without matplotlib, and ValueError as `picture_format`.
     """
-    require_matplotlib()
+    form = picture_format(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_SIZE, layout="constrained")
@@ -99,8 +99,26 @@ def draw(path: str | os.PathLike[str], found: Sequence[Point], *, title: str) ->
     left.set_ylabel("loss above dense, nats a token")
     left.legend(fontsize=8)
     with new_file(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=_DPI)
+        figure.savefig(temporary, format=form, dpi=_DPI)
     return Path(path)
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """The format that a file's name asks for. Raises ValueError where matplotlib writes no such.
+
+    Raises ImportError without matplotlib.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in known:
+        raise ValueError(
+            f"{path} is no picture that matplotlib writes: give a name that ends in .png, or one "
+            f"of {', '.join(known)}"
+        )
+    return kind
 
 
 def _line(

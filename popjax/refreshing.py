@@ -68,7 +68,7 @@ class Refresher:
             config=self.config,
             align=self.align,
         )
-        check_finite(scored, np.asarray(finite))
+        check_finite(scored, np.asarray(finite), self.params)
         pooled = empty_pool(totals, starts, self.align, cache.layers[0].k)
         pooled = programs.moved(map(viewed, layers), (keep, starts, held), pooled)
         room = (

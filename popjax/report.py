@@ -76,7 +76,8 @@ class Report:
     """All that a run reports. Seconds by phase; bytes held and read; tokens a second in decode.
 
     implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kv: what
-    of the prompt stayed in the cache, layer by layer, where an eviction or a context decided that.
+    of the prompt stayed in the cache, layer by layer, where an eviction or a context decided that;
+    kv_idle: why an eviction that was asked for took nothing.
     depth: layers skipped or dropped, where any were; `layers` and `kv` are of those that ran.
     """
 
@@ -97,6 +98,7 @@ class Report:
     implementation: str
     comparison: Comparison | None = None
     kv: tuple[LayerCacheReport, ...] | None = None
+    kv_idle: str | None = None
     depth: DepthReport | None = None
 
     def totals(self) -> LayerReport:
@@ -321,5 +323,6 @@ def make_report(
         decode_steps=decode_steps,
         tokens_per_second=decoded / seconds["decode"] if decoded else None,
         kv=cache_reports(result.kept, config, result.pooled_tokens),
+        kv_idle=result.idle,
         depth=depth,
     )

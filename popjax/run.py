@@ -28,6 +28,7 @@ from popjax.eviction.pool import alignment
 from popjax.generate import PROGRAMS, DecodeState, Masks
 from popjax.implementation import chosen_implementation
 from popjax.methods import Method, check_evaluated
+from popjax.nonfinite import not_finite
 from popjax.packing import pack
 from popjax.prefilling import Prefill, after_eviction, prefilled
 from popjax.refreshing import Refresher
@@ -45,8 +46,9 @@ class RunResult:
     step that produced token i+1; logits [B, n, V]. seconds: compile, prefill, evict, plan, pack,
     decode.
     implementation: how decode steps were computed, a name of masked_mlp.IMPLEMENTATIONS. kept: what
-    an eviction left of the prompt, or of the context; None where nothing went; pooled_tokens: how
-    many tokens these had, and those decoded since that were evicted among them. layers: those of
+    an eviction left of the prompt, or of the context; None where nothing went, and then idle says
+    why, where it was asked for; pooled_tokens: how many tokens these had, and those decoded since
+    that were evicted among them. layers: those of
     the model that ran, which everything here is of; depth: what the prompts, of prompt_lengths
     after context_tokens, did at each, None where they ran all.
     """
@@ -66,6 +68,7 @@ class RunResult:
     packed_bytes: int
     implementation: str
     kept: kv.Kept | None = None
+    idle: str | None = None
     pooled_tokens: int = 0
     layers: tuple[int, ...] = ()
     depth: DepthPlan | None = None
@@ -146,7 +149,11 @@ def run(params: Params, config: ModelConfig, request: Request) -> RunResult:
     result = _result(request, state, partition, kept, clock, compilations, extra)
     plan = None if request.depth is None else request.depth.plan(config)
     pooled = result.pooled_tokens + entered
-    return dataclasses.replace(result, layers=layers, depth=plan, pooled_tokens=pooled)
+    idle = None
+    if asked.eviction is not None and kept is None:
+        idle = asked.eviction.idle(result.prompt_lengths)
+    more = {"idle": idle, "pooled_tokens": pooled}
+    return dataclasses.replace(result, layers=layers, depth=plan, **more)
 
 
 def _prefill(request: Request, config: ModelConfig, method: Method, mesh: Mesh | None) -> Prefill:
@@ -187,31 +194,16 @@ def plan_channels(
     plan, finite = PROGRAMS.plan(statistics, config=config, method=method, mesh=mesh)
     bad = np.flatnonzero(~np.asarray(finite)).tolist()
     if bad:
-        raise ValueError(
-            f"channel scores of layers {bad[:8]} are not finite for this prompt: "
-            f"{_culprit(params)}; check the checkpoint (check_tensors=True) or load it in float32"
-        )
+        what = f"channel scores of layers {bad[:8]} are not finite for this prompt"
+        raise not_finite(what, params)
     check_evaluated(method, config, [part.evaluated for part in plan.channels or ()])
     return plan.channels
-
-
-def _culprit(params: Params | None) -> str:
-    """Why numbers of a run are not finite: routers that are not, or a guess."""
-    layers = {} if params is None else params
-    routers = {name: held["moe"]["router"] for name, held in layers.items() if "moe" in held}
-    bad = [name for name, router in routers.items() if not bool(jnp.all(jnp.isfinite(router)))]
-    if bad:
-        return f"the router of {', '.join(bad[:8])} has NaN or infinities"
-    return "the weights or the dtype overflow"
 
 
 def _check_finite(state: DecodeState, params: Params) -> None:
     bad = np.flatnonzero(~np.asarray(state.finite)).tolist()
     if bad:
-        raise ValueError(
-            f"logits of rows {bad[:8]} are not finite: {_culprit(params)}; check "
-            "the checkpoint (check_tensors=True) or load it in float32"
-        )
+        raise not_finite(f"logits of rows {bad[:8]} are not finite", params)
 
 
 def _mask_buffers(

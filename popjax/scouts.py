@@ -21,13 +21,13 @@ import numpy as np
 
 import checkpoints
 from kernels_pallas.row_products import QuantizedRows, quantized
-from popjax.artefact import load_artefact, save_artefact
+from popjax.artefact import Form, load_artefact, save_artefact
 from popjax.calibration.compensated import compensated
 from popjax.config import ModelConfig
 from popjax.leaves import check_layers, with_leaves, without_leaves
 from popjax.sparsity import Params
 
-FORM = ("scout", "1")
+FORM = Form("scout", "1", "popjax calibrate scout -o FILE")
 BITS, GROUP = 4, 64
 MATRICES = ("gate", "up")
 # One dict of arrays a layer: of a matrix w `scout_w` and `scout_w_scale`.

@@ -31,6 +31,7 @@ from popjax.methods import Method
 from popjax.methods.method import LayerActs
 from popjax.nn import ops
 from popjax.nn.transformer import Inputs, Outputs, Transformer
+from popjax.nonfinite import not_finite
 from popjax.program import Program
 from popjax.sparsity import Params
 
@@ -164,10 +165,7 @@ def means_over_prompts(
         total = found if total is None else jax.tree.map(np.add, total, found)
         heard()
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(total)):
-        raise ValueError(
-            "what the model shows on the prompts is not finite: the weights or the dtype overflow; "
-            "check the checkpoint (check_tensors=True) or load it in float32"
-        )
+        raise not_finite("what the model shows on the prompts is not finite", params)
     return total
 
 

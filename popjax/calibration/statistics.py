@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 import checkpoints
-from popjax.artefact import given_path, load_artefact, save_artefact
+from popjax.artefact import Form, given_path, load_artefact, save_artefact
 from popjax.config import LayerConfig, ModelConfig
 from popjax.sparsity import Params
 
-FORM = ("channel-statistics", "1")
 COMMAND = "popjax calibrate channels"
+FORM = Form("channel-statistics", "1", f"{COMMAND} --text TEXT -o FILE")
 # Where magnitudes are counted: what down, q k v, o and gate up read, and activated gates times
 # their channel's rms of up (CHESS).
 SITES = ("down", "attention", "output", "mlp", "gate")

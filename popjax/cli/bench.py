@@ -12,6 +12,7 @@ from popjax.cli import (
     cache_options,
     depth_options,
     frontier_options,
+    gate_options,
     method_options,
     options,
     scout_options,
@@ -96,6 +97,7 @@ def bench(
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
     kv_window: cache_options.KvWindow = None,
+    kv_gates: gate_options.GateFile = None,
     batch: Batches = None,
     prompt_tokens: PromptTokens = None,
     new_tokens: NewTokens = 64,
@@ -116,6 +118,7 @@ def bench(
     """
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    gate_options.check_gates(eviction, kv_gates)
     alone = (shallow or eviction) and not (method or ratio or model_ratio)
     own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     own |= {
@@ -135,6 +138,7 @@ def bench(
     given = _given(prompt, prompt_file, prompt_tokens)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
+    loaded = gate_options.with_gates(loaded, kv_gates)
     ids = loaded.encode(PASSAGE if given is None else given)[0]
     lengths = prompt_tokens or [256 if given is None else len(ids)]
     # A text too short is refused before anything is timed.

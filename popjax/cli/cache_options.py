@@ -13,20 +13,13 @@ if TYPE_CHECKING:
     from popjax.methods import Method
 
 _PANEL = "Cache"
-# What arguments of Python are called here.
-_FLAGS = {
-    "kv_every": "--kv-every",
-    "kv_tokens": "--kv-tokens",
-    "prefill_chunk": "--prefill-chunk",
-    "prefill='dense'": "--prefill dense",
-}
 
 Kv = Annotated[
     str | None,
     typer.Option(
         "--kv",
         help="Evict cache entries of the prompt: laprox, snapkv, adakv, criticalkv, pyramidkv, "
-        "prefixkv, h2o, tova, streaming-llm or kvzip.",
+        "prefixkv, h2o, tova, streaming-llm or kvzip; with --kv-gates fast-kvzip.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -97,15 +90,8 @@ def check_pieces(
     try:
         check_again(every, eviction)
     except ValueError as error:
-        raise typer.BadParameter(_in_flags(error), param_hint="--kv-every") from error
+        raise typer.BadParameter(str(error), param_hint="--kv-every") from error
     try:
         check_chunk(chunk, method, eviction)
     except ValueError as error:
-        raise typer.BadParameter(_in_flags(error), param_hint="--prefill-chunk") from error
-
-
-def _in_flags(error: ValueError) -> str:
-    message = str(error)
-    for name, flag in _FLAGS.items():
-        message = message.replace(name, flag)
-    return message
+        raise typer.BadParameter(str(error), param_hint="--prefill-chunk") from error

@@ -85,9 +85,7 @@ def calibrate(
         return
     if text is None:
         raise typer.BadParameter("prompts are cut from one: give --text", param_hint="--text")
-    words = options.read_text(text, "--text")
-    if not words.strip():
-        raise typer.BadParameter(f"{text} is empty: give one to cut from", param_hint="--text")
+    words = options.read_words(text, "--text")
     loaded = choice.load()
     samples, length = samples or SAMPLES, prompt_tokens or PROMPT_TOKENS
     new = (max_new_tokens or NEW_TOKENS) if what == "prefill-pruning" else 0

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from popjax.cli.artefacts import check_artefact
+
 if TYPE_CHECKING:
     from popjax.depth import DepthMethod
 
@@ -38,6 +40,7 @@ LayerScores = Annotated[
 def chosen_depth(name: str | None, skip: float | None, scores: Path | None) -> DepthMethod | None:
     """The depth method that the options describe; any of them alone means prefill-pruning."""
     from popjax.depth import depth_method_named
+    from popjax.depth.artefact import FORM
 
     if name is None and skip is None and scores is None:
         return None
@@ -46,7 +49,7 @@ def chosen_depth(name: str | None, skip: float | None, scores: Path | None) -> D
     if name == "prefill-pruning" and scores is not None:
         given["choose"] = "scores"
     try:
-        return depth_method_named(name, **given)
+        method = depth_method_named(name, **given)
     except ValueError as error:
         message = str(error)
         if "short-gpt needs" in message:
@@ -56,3 +59,5 @@ def chosen_depth(name: str | None, skip: float | None, scores: Path | None) -> D
             )
         blamed = "--skip" if message.startswith("skip ") else "--depth"
         raise typer.BadParameter(message, param_hint=blamed) from error
+    check_artefact(scores, "--layer-scores", FORM)
+    return method

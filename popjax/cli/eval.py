@@ -13,6 +13,7 @@ from popjax.cli import (
     cache_options,
     depth_options,
     evaluation_options,
+    gate_options,
     method_options,
     options,
     scout_options,
@@ -65,6 +66,7 @@ def evaluate(
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
     kv_window: cache_options.KvWindow = None,
+    kv_gates: gate_options.GateFile = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
@@ -85,12 +87,14 @@ def evaluate(
     differences are paired. Files need nothing but popjax; names need `popjax[eval]`.
     """
     check_writable(out, "--out")
+    eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    gate_options.check_gates(eviction, kv_gates)
     own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
     cases = evaluation_options.asked_cases(
         method,
         {**given, **own, "statistics": statistics},
-        cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window),
+        eviction,
         depth_options.chosen_depth(depth, skip, layer_scores),
         dense=dense,
         protocol=protocol,
@@ -105,10 +109,14 @@ def evaluate(
     from popjax.evaluation.run import How, evaluate_tasks
     from popjax.evaluation.task_files import load_tasks
 
-    read = load_tasks(files, limit)
+    try:
+        read = load_tasks(files, limit)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tasks") from error
     manager = _manager(named, include_path, offline) if named else None
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
+    loaded = gate_options.with_gates(loaded, kv_gates)
     how = How(protocol, batch_size, max_length, limit, num_fewshot, chat)
     items = sum(len(task.items) for task in read) * len(cases) if manager is None else None
     with evaluation_options.Bar("Scoring", items) as bar:
@@ -139,7 +147,10 @@ def _manager(names: list[str], include: Path | None, offline: bool) -> TaskManag
 
     with Status() as status:
         status.say("Reading lm-eval's tasks")
-        manager = task_manager(names, include)
+        try:
+            manager = task_manager(names, include)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--tasks") from error
         status.say(f"Loading the data of {', '.join(names)}")
         check_data(manager, names)
     return manager

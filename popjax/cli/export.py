@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from popjax.cli import options
 from popjax.cli.terminal import Status, command, say
 
 if TYPE_CHECKING:
+    from popjax.methods import Method
     from popjax.model import LanguageModel
 
 Folder = Annotated[
@@ -30,8 +31,11 @@ MethodName = Annotated[
     ),
 ]
 Ratio = Annotated[float, typer.Option(help="Share of FFN channels to remove, 0 to 1.")]
-Samples = Annotated[int, typer.Option(min=1, help="How many windows of the text are read.")]
-Window = Annotated[int, typer.Option(min=1, help="Tokens of each window.")]
+SAMPLES, WINDOW = 16, 512
+Samples = Annotated[
+    int | None, typer.Option(min=1, help=f"How many windows of the text are read ({SAMPLES}).")
+]
+Window = Annotated[int | None, typer.Option(min=1, help=f"Tokens of each window ({WINDOW}).")]
 
 
 @command
@@ -45,25 +49,27 @@ def export(
     method: MethodName = "frozen",
     ratio: Ratio = options.DEFAULT_RATIO,
     statistics: options.Statistics = None,
-    samples: Samples = 16,
-    window: Window = 512,
+    samples: Samples = None,
+    window: Window = None,
 ) -> None:
     """Remove FFN channels for good, and save what is left as an ordinary checkpoint.
 
     Unlike the other commands, which decide anew for every prompt, this decides once, from --text or
     --statistics.
     """
-    from checkpoints import refuse_existing
-
     chosen = options.chosen_method(method, ratio=ratio, statistics=statistics)
-    words = _words(text, method, chosen.calibration is not None)
-    refuse_existing(folder)
+    _check_method(chosen)
+    given = {"--text": text, "--samples": samples, "--window": window}
+    words = _words(given, method, chosen.calibration is not None)
+    _check_folder(folder)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     with Status() as status:
         status.say("Ranking channels")
         from popjax.exporting import calibrated_partition, statically_pruned
 
-        windows = [[0]] if words is None else windows_of(loaded, words, samples, window)
+        windows = [[0]]
+        if words is not None:
+            windows = windows_of(loaded, words, samples or SAMPLES, window or WINDOW)
         narrow = statically_pruned(loaded, calibrated_partition(loaded, windows, chosen))
         status.say(f"Writing {folder}")
         narrow.save(str(folder))
@@ -71,20 +77,46 @@ def export(
     say(f"popjax: wrote {folder}, with {after} of {before} FFN channels in every layer")
 
 
-def _words(text: Path | None, method: str, calibrated: bool) -> str | None:
+def _check_method(method: Method) -> None:
+    """Wrong usage for a method whose pruning no plain checkpoint holds."""
+    from popjax.exporting import check_calibration
+    from popjax.methods import Method, method_name
+
+    try:
+        check_calibration(method)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--method") from error
+    if type(method).selection is not Method.selection:
+        raise typer.BadParameter(
+            f"{method_name(method)} chooses channels anew at every step, which no plain checkpoint "
+            "can do: use frozen or griffin",
+            param_hint="--method",
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Wrong usage for a place that is taken, or that takes no folder."""
+    from checkpoints import CheckpointError, refuse_existing
+
+    try:
+        refuse_existing(folder)
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error), param_hint="FOLDER") from error
+
+
+def _words(given: dict[str, Any], method: str, calibrated: bool) -> str | None:
     """The text that channels are ranked on; None where statistics say it all."""
+    text = given["--text"]
     if calibrated:
-        if text is not None:
+        unused = [option for option, value in given.items() if value is not None]
+        if unused:
             raise typer.BadParameter(
-                f"{method} ranks channels by --statistics: leave it out", param_hint="--text"
+                f"{method} ranks channels by --statistics: leave it out", param_hint=unused[0]
             )
         return None
     if text is None:
         raise typer.BadParameter(f"{method} ranks channels on one: give it", param_hint="--text")
-    words = options.read_text(text, "--text")
-    if not words.strip():
-        raise typer.BadParameter(f"{text} holds no text", param_hint="--text")
-    return words
+    return options.read_words(text, "--text")
 
 
 def windows_of(model: LanguageModel, words: str, samples: int, window: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli.options import read_text
+from popjax.cli.options import read_words
 from popjax.cli.terminal import Status
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ Text = Annotated[
 ]
 Figure = Annotated[
     Path | None,
-    typer.Option(help="Draw that loss against bytes and time, a PNG.", rich_help_panel=_PANEL),
+    typer.Option(
+        help="Draw that loss against bytes and time: a .png, .pdf or .svg.", rich_help_panel=_PANEL
+    ),
 ]
 WINDOWS, PREFIX, SCORED = 8, 512, 256
 Windows = Annotated[
@@ -68,11 +70,14 @@ def chosen(
     """What the options ask for; None without a text. Wrong usage for others of them without one."""
     if text is not None:
         if figure is not None:
-            from popjax.picture import require_matplotlib
+            from popjax.frontier import picture_format
 
-            require_matplotlib()
+            try:
+                picture_format(figure)
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--figure") from error
         size = (windows or WINDOWS, prefix or PREFIX, scored or SCORED)
-        return Scoring(read_text(text, "--text"), figure, *size)
+        return Scoring(read_words(text, "--text"), figure, *size)
     if figure is not None:
         raise typer.BadParameter("the picture shows quality: give --text", param_hint="--figure")
     for option, value in (("--windows", windows), ("--prefix", prefix), ("--scored", scored)):

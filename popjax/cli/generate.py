@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import cache_options, depth_options, method_options, options, scout_options
+from popjax.cli import (
+    cache_options,
+    depth_options,
+    gate_options,
+    method_options,
+    options,
+    scout_options,
+)
 from popjax.cli.terminal import Status, command, stderr_console, write
 
 if TYPE_CHECKING:
@@ -51,6 +58,7 @@ def generate(
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
     kv_window: cache_options.KvWindow = None,
+    kv_gates: gate_options.GateFile = None,
     kv_every: cache_options.KvEvery = None,
     prefill_chunk: cache_options.PrefillChunk = None,
     depth: depth_options.Depth = None,
@@ -88,6 +96,7 @@ def generate(
     )
     scout_options.check_scout([chosen], scout)
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    gate_options.check_gates(eviction, kv_gates)
     cache_options.check_pieces(eviction, chosen, kv_every, prefill_chunk)
     shallow = depth_options.chosen_depth(depth, skip, layer_scores)
     others = eviction is not None or shallow is not None
@@ -107,6 +116,7 @@ def generate(
     text = options.read_prompt(prompt, prompt_file)
     loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
     loaded = scout_options.with_scout(loaded, scout)
+    loaded = gate_options.with_gates(loaded, kv_gates)
     wanted = {
         **sampling,
         "max_new_tokens": max_new_tokens,

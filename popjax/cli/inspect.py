@@ -58,6 +58,12 @@ def inspect(
         raise typer.BadParameter("give the model once: MODEL or --model", param_hint="MODEL")
     name = model or named
     if name is None:
+        of_a_model = {"--revision": revision, "--dtype": dtype, "--context": context}
+        unused = [option for option, value in of_a_model.items() if value is not None]
+        if unused or checksum:
+            raise typer.BadParameter(
+                "it is of a model: name one", param_hint=(unused or ["--checksum"])[0]
+            )
         facts = families()
         _print(facts, json, _families_view)
         return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from popjax.cli.artefacts import check_artefact
 from popjax.cli.terminal import Status, say
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class ModelChoice:
         """The checkpoint with its config read, and no weight."""
         from popjax.loading import open_source, parse_dtype
 
+        refuse_revision(self.name, self.revision)
         if self.dtype is not None:
             try:
                 parse_dtype(self.dtype)
@@ -199,6 +201,16 @@ class ModelChoice:
         return LanguageModel(source.name, source.config, params, source, seconds)
 
 
+def refuse_revision(name: str | None, revision: str | None) -> None:
+    """Wrong usage for a revision of a model that does not come from the hub."""
+    from popjax.loading import check_revision
+
+    try:
+        check_revision(name, revision)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--revision") from error
+
+
 def chosen_method(name: str | None, *, default: str = "dense", **given: Any) -> Method:
     """The method that the options describe; any of its own options alone means online pruning."""
     from popjax.methods import method_named
@@ -211,12 +223,17 @@ def chosen_method(name: str | None, *, default: str = "dense", **given: Any) -> 
         asked = any(value is not None for value in given.values())
         name = "online-pruning" if asked else default
     try:
-        return method_named(name, **given)
+        method = method_named(name, **given)
     except ValueError as error:
         message = str(error)
         if "needs a ratio" in message:
             message += f", such as --ratio {DEFAULT_RATIO}"
         raise typer.BadParameter(message, param_hint=_blamed(message, given)) from error
+    if method.calibration is not None:
+        from popjax.calibration.statistics import FORM
+
+        check_artefact(Path(method.calibration), "--statistics", FORM)
+    return method
 
 
 def _blamed(message: str, given: dict[str, Any]) -> str:
@@ -300,9 +317,19 @@ def read_text(file: Path | None, option: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{_named(file)} is not UTF-8 at byte {error.start}: convert it"
+        raise typer.BadParameter(
+            f"{_named(file)} is not UTF-8 at byte {error.start}: convert it", param_hint=option
         ) from error
+
+
+def read_words(file: Path, option: str) -> str:
+    """As `read_text`; wrong usage for a text without a word in it."""
+    text = read_text(file, option)
+    if not text.strip():
+        raise typer.BadParameter(
+            f"{_named(file)} is empty: give a text with words in it", param_hint=option
+        )
+    return text
 
 
 def _named(file: Path | None) -> str:

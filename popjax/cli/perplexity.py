@@ -11,6 +11,7 @@ from popjax.cli import (
     cache_options,
     depth_options,
     evaluation_options,
+    gate_options,
     method_options,
     options,
     scout_options,
@@ -58,6 +59,7 @@ def perplexity(
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
     kv_window: cache_options.KvWindow = None,
+    kv_gates: gate_options.GateFile = None,
     depth: depth_options.Depth = None,
     skip: depth_options.Skip = None,
     layer_scores: depth_options.LayerScores = None,
@@ -75,12 +77,14 @@ def perplexity(
     split scores what is decoded after a prefix; single-pass rolls over the text as lm-eval does.
     """
     check_writable(out, "--out")
+    eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    gate_options.check_gates(eviction, kv_gates)
     own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     given = {"ratio": ratio, "model_ratio": model_ratio, "gamma": gamma, "prefill": prefill}
     cases = evaluation_options.asked_cases(
         method,
         {**given, **own, "statistics": statistics},
-        cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window),
+        eviction,
         depth_options.chosen_depth(depth, skip, layer_scores),
         dense=dense,
         protocol=protocol,
@@ -92,11 +96,10 @@ def perplexity(
                 f"{protocol} scores every token in windows of --max-length: leave it out",
                 param_hint=option,
             )
-    words = options.read_text(text, "--text")
-    if not words.strip():
-        raise ValueError(f"{text} is empty: give a text with something to score")
+    words = options.read_words(text, "--text")
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
+    loaded = gate_options.with_gates(loaded, kv_gates)
     from popjax.evaluation.perplexity import windows_of
     from popjax.evaluation.run import How, evaluate_text
 

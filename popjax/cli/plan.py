@@ -78,6 +78,7 @@ def plan(
     own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     chosen = _method(method, ratio, model_ratio, {"gamma": gamma, "prefill": prefill, **own})
     target = _whole_target(target)
+    _check_sizes(dtype, context, new_tokens)
     with Status() as status:
         status.say("Reading the config")
         name, config = model_config(model, revision, offline)
@@ -127,6 +128,7 @@ def model_config(model: str, revision: str | None, offline: bool) -> tuple[str, 
     from popjax.families import model_config as parsed
     from popjax.loading import open_source
 
+    options.refuse_revision(None if model == "default" else model, revision)
     path = Path(model).expanduser()
     if model == "default" or path.suffix == ".gguf":
         source = open_source(None if model == "default" else model, local_files_only=offline)
@@ -142,6 +144,22 @@ def model_config(model: str, revision: str | None, offline: bool) -> tuple[str, 
     return name, parsed(checkpoints.read_json_object(path))
 
 
+def _check_sizes(dtype: str, context: int | None, new_tokens: int | None) -> None:
+    """Wrong usage for an unknown dtype, and for a context without room for a prompt."""
+    from popjax.loading import parse_dtype
+
+    try:
+        parse_dtype(dtype)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--dtype") from error
+    if context is not None and new_tokens is not None and new_tokens >= context:
+        raise typer.BadParameter(
+            f"a context of {context} tokens has no room for a prompt beside {new_tokens} new ones: "
+            "give fewer",
+            param_hint="--new-tokens",
+        )
+
+
 def _request(
     config: ModelConfig,
     method: Any,
@@ -155,13 +173,8 @@ def _request(
     import dataclasses
 
     from popjax.config import to_json
-    from popjax.loading import parse_dtype
     from popjax.methods import method_name
 
-    try:
-        parse_dtype(dtype)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--dtype") from error
     context = min(DEFAULT_CONTEXT, config.max_positions) if context is None else context
     return {
         "config": to_json(config),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from popjax.cli.artefacts import check_artefact
 from popjax.cli.terminal import Status, say, write
 
 if TYPE_CHECKING:
@@ -28,17 +29,17 @@ ScoutFile = Annotated[
 def check_scout(methods: list[Method], path: Path | None) -> None:
     """Wrong usage unless a scout is given where a method needs one, and only there."""
     from popjax.methods import Scout
+    from popjax.scouts import FORM
 
     needed = any(isinstance(method, Scout) for method in methods)
     if needed and path is None:
         raise typer.BadParameter(
-            "scout needs --scout FILE: write one with popjax calibrate scout --out FILE",
+            f"scout needs --scout FILE: write one with {FORM.command}",
             param_hint="--method",
         )
     if path is not None and not needed:
         raise typer.BadParameter("it is of --method scout: name that", param_hint="--scout")
-    if path is not None and not path.is_file():
-        raise typer.BadParameter(f"there is no file {path}", param_hint="--scout")
+    check_artefact(path, "--scout", FORM)
 
 
 def with_scout(model: LanguageModel, path: Path | None) -> LanguageModel:

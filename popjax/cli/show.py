@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli import cache_options, method_options, options, scout_options
+from popjax.cli import cache_options, gate_options, method_options, options, scout_options
 from popjax.cli.terminal import Status, command, say, write
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def show(
     kv_keep: cache_options.KvKeep = None,
     kv_tokens: cache_options.KvTokens = None,
     kv_window: cache_options.KvWindow = None,
+    kv_gates: gate_options.GateFile = None,
     output: Output = Path("popjax-partition.png"),
 ) -> None:
     """Draw what a prompt keeps as a PNG: FFN channels and each step's choice, or cache entries.
@@ -67,6 +68,7 @@ def show(
     from popjax import picture
 
     eviction = cache_options.chosen_kv(kv, kv_keep, kv_tokens, kv_window)
+    gate_options.check_gates(eviction, kv_gates)
     own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
     own |= {"gamma": gamma, "prefill": prefill, "statistics": statistics}
     chosen = None
@@ -83,10 +85,16 @@ def show(
         raise typer.BadParameter(
             f"{output} must be a .png file in a folder that exists", param_hint="--output"
         )
+    if len(layer or ()) > picture.MAX_PANELS:
+        raise typer.BadParameter(
+            f"{len(layer or ())} layers do not fit in one picture: name {picture.MAX_PANELS}",
+            param_hint="--layer",
+        )
     text = options.read_prompt(prompt, prompt_file)
     picture.require_matplotlib()  # before the work, not after it
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
+    loaded = gate_options.with_gates(loaded, kv_gates)
     if eviction is None:
         picture.require_no_experts(loaded.config)
     with Status() as status:

@@ -138,6 +138,8 @@ def _facts(report: Report, finish_reason: str | None) -> Iterable[tuple[str, str
             f"{least} to {most} a layer, {format_bytes(kv.held_bytes)} of "
             f"{format_bytes(kv.dense_bytes)}",
         )
+    if report.kv_idle is not None:
+        yield "cache kept", f"every entry, the budget had no effect: {report.kv_idle}"
     if report.depth is not None:
         yield "layers", _depth(report.depth)
     phases = [
@@ -157,7 +159,7 @@ def _depth(found: DepthReport) -> str:
         f"{len(layers)} of {found.layers} {what} ({', '.join(map(str, layers))})"
         for layers, what in ((found.skipped, "skipped in prefill"), (found.dropped, "dropped"))
         if layers
-    ]
+    ] or [f"0 of {found.layers} skipped in prefill (one prompt token, which runs them all)"]
     allowed = f"prefill FLOPs allow {found.dense_flops / found.flops:.2f} times dense speed"
     return ", ".join([*parts, allowed])
 

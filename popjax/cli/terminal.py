@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import typer
 
+from popjax.cli.flags import in_flags
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status as Spinner
@@ -135,8 +137,10 @@ class Status:
 def command(function: Callable[P, T]) -> Callable[P, T]:
     """A command whose failures become one sentence on stderr and an exit code.
 
-    130 for Ctrl-C, 1 for everything else that the body raises. Wrong usage (typer.BadParameter)
-    and a closed pipe pass through: typer ends those with 2, and with 1 and no word.
+    130 for Ctrl-C, 1 for everything else that the body raises. Wrong usage (typer.BadParameter:
+    what options, and the files they name, show without a model) and a closed pipe pass through:
+    typer ends those with 2, and with 1 and no word. Arguments of Python that an error names are
+    written as the command's options.
     """
 
     @functools.wraps(function)
@@ -145,7 +149,10 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
             result = function(*args, **kwargs)
             sys.stdout.flush()
             return result
-        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        except typer.BadParameter as error:
+            error.message = in_flags(error.message, function)
+            raise
+        except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
             say("\npopjax: interrupted")
@@ -153,7 +160,7 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
         except Exception as error:
             if SETTINGS.debug:
                 traceback.print_exc()
-            say(f"popjax: error: {sentence(error)}")
+            say(f"popjax: error: {in_flags(sentence(error), function)}")
             raise typer.Exit(1) from error
 
     return run

@@ -17,13 +17,14 @@ from popjax import artefact
 from popjax.config import ModelConfig
 from popjax.sparsity import Params
 
-KIND, VERSION = "layer-scores", "1"
+COMMAND = "popjax calibrate prefill-pruning"
+FORM = artefact.Form("layer-scores", "1", f"{COMMAND} --text TEXT -o FILE")
 NAMES = ("prefill", "decode", "influence")
 
 
 def given_path(importance: Any) -> str:
     """The path that a depth method was given. Raises ValueError for anything but a path."""
-    return artefact.given_path("importance", importance, "popjax calibrate prefill-pruning")
+    return artefact.given_path("importance", importance, COMMAND)
 
 
 def save_scores(
@@ -38,7 +39,7 @@ def save_scores(
     about: what they were measured on. Raises CheckpointError where the path exists.
     """
     arrays = {name: np.asarray(scores[name], np.float32) for name in NAMES}
-    return artefact.save_artefact(path, (KIND, VERSION), arrays, params, config, about=about)
+    return artefact.save_artefact(path, FORM, arrays, params, config, about=about)
 
 
 def load_scores(
@@ -49,7 +50,7 @@ def load_scores(
     Raises CheckpointError for a file that is damaged, of another version, or of another model.
     """
     words = ("layer scores", "calibrate this one")
-    arrays = artefact.load_artefact(path, (KIND, VERSION), params, config, words)
+    arrays = artefact.load_artefact(path, FORM, params, config, words)
     shapes = {name: array.shape for name, array in arrays.items()}
     if shapes != dict.fromkeys(NAMES, (config.num_layers,)):
         raise checkpoints.CheckpointError(

@@ -16,8 +16,17 @@ PLACES = ("last", "first", "every")
 
 
 def layer_count(share: float, layers: int) -> int:
-    """How many of `layers` the share is, rounded to the nearest, halves up."""
-    return rounded(share * layers)
+    """How many of `layers` the share is, rounded to the nearest, halves up.
+
+    Raises ValueError for a share above 0 that comes to none.
+    """
+    count = rounded(share * layers)
+    if share > 0 and not count:
+        raise ValueError(
+            f"skip {share:.3g} of the model's {layers} layers rounds to none: give "
+            f"{1 / layers:.3g} for one layer, or 0 for none"
+        )
+    return count
 
 
 def by_place(place: str, count: int, layers: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from popjax import cache as kv
 from popjax.config import ModelConfig
 from popjax.methods import Method
 from popjax.nn.transformer import Inputs, Outputs, Transformer
+from popjax.nonfinite import not_finite
 from popjax.program import Program
 from popjax.run import Request, run
 from popjax.sampling import SamplingConfig
@@ -113,10 +114,7 @@ def measure(
         if on_sample is not None:
             on_sample(i + 1)
     if not all(np.isfinite(value).all() for value in total.values()):
-        raise ValueError(
-            "layer scores are not finite: the weights or the dtype overflow; check the checkpoint "
-            "(check_tensors=True) or load it in float32"
-        )
+        raise not_finite("layer scores are not finite", params)
     return total
 
 

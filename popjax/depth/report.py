@@ -7,15 +7,16 @@ from collections.abc import Sequence
 
 from popjax.config import ModelConfig
 from popjax.depth.cost import prefill_flops
-from popjax.depth.method import FULL, DepthPlan
+from popjax.depth.method import FULL, LAST, DepthPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthReport:
     """Layers that prompt tokens passed by, layers dropped altogether, and FLOPs of the prefill.
 
-    layers: of the model. flops and dense_flops count two a product, no pads, causal attention;
-    their ratio is what skipping can gain at most where time is multiplications.
+    layers: of the model. A prompt of one token passes none where its boundary is handled. flops and
+    dense_flops count two a product, no pads, causal attention; their ratio is what skipping can
+    gain at most where time is multiplications.
     """
 
     layers: int
@@ -35,8 +36,10 @@ def depth_report(
     """The report of a run of the layers `ran`; None where every prompt token ran every layer."""
     if plan is None and len(ran) == config.num_layers:
         return None
+    # The boundary runs every layer, and a prompt of one token is nothing else.
+    passing = plan is not None and (plan.boundary != LAST or max(lengths) > 1)
     narrow = dataclasses.replace(config, layers=tuple(config.layers[i] for i in ran))
-    kinds = (FULL,) * len(ran) if plan is None else plan.layers
+    kinds = plan.layers if plan is not None and passing else (FULL,) * len(ran)
     return DepthReport(
         layers=config.num_layers,
         skipped=tuple(i for i, kind in zip(ran, kinds, strict=True) if kind != FULL),

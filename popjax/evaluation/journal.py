@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn
@@ -43,8 +43,16 @@ class Journal:
         if self._file is not None:
             self._file.close()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
+    def holds(self, key: str, fits: Callable[[Any], bool]) -> bool:
+        """Whether there is a value by this key. Raises ValueError for one that does not fit."""
+        if key not in self._values:
+            return False
+        if not fits(self._values[key]):
+            raise ValueError(
+                f"{self._path} is damaged: the value of {key!r} is {_brief(self._values[key])}, no "
+                "result of its kind: remove that line, or give --out another name"
+            )
+        return True
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
@@ -138,4 +146,9 @@ def _append(file: IO[bytes], record: Mapping[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
-__all__ = ["Journal"]
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, as log-likelihoods are."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+__all__ = ["Journal", "is_number"]

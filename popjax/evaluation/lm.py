@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 
 from popjax import arguments
 from popjax.evaluation.encoding import Encoder, Pair
-from popjax.evaluation.journal import Journal
+from popjax.evaluation.journal import Journal, is_number
 from popjax.evaluation.protocols import SINGLE_PASS, SPLIT, Case, checked_protocol
 from popjax.evaluation.scoring import Scorer
 from popjax.evaluation.windows import rolling, stepped
@@ -147,7 +147,8 @@ class PopjaxLM(TemplateLM):
         self, kind: str, texts: Sequence[tuple[str, ...]], pairs: Sequence[Pair]
     ) -> list[tuple[float, bool]]:
         keys = [self._key(kind, text) for text in texts]
-        left = {key: i for i, key in enumerate(keys) if key not in self.journal}
+        done = self.journal.holds
+        left = {key: i for i, key in enumerate(keys) if not done(key, _is_answer)}
         self.on_done(len(keys) - len(left))
         order = list(left.values())
         self.cut += sum(bool(pair.cut) for pair in pairs)
@@ -163,7 +164,7 @@ class PopjaxLM(TemplateLM):
         texts = [tuple(request.args) for request in requests]
         keys = [self._key("loglikelihood_rolling", text) for text in texts]
         for key, text in zip(keys, texts, strict=True):
-            if key not in self.journal:
+            if not self.journal.holds(key, is_number):
                 self.journal.put(key, self._document(self.encoder.encode(text[0])))
                 self.cache_hook.add_partial("loglikelihood_rolling", text, self.journal[key])
             self.on_done(1)
@@ -191,7 +192,7 @@ class PopjaxLM(TemplateLM):
         keys = [self._key("generate_until", (*args, i)) for i, args in enumerate(asked)]
         groups: dict[str, list[int]] = {}
         for i, (_, options) in enumerate(asked):
-            if keys[i] not in self.journal:
+            if not self.journal.holds(keys[i], lambda value: isinstance(value, str)):
                 groups.setdefault(json.dumps(options, sort_keys=True), []).append(i)
         self.on_done(len(keys) - sum(map(len, groups.values())))
         for group in groups.values():
@@ -232,6 +233,12 @@ class PopjaxLM(TemplateLM):
     def _key(self, kind: str, args: Sequence[Any]) -> str:
         digest = hashlib.sha256(json.dumps(args, sort_keys=True).encode()).hexdigest()[:24]
         return f"{self.case.name}|{kind}|{digest}"
+
+
+def _is_answer(value: Any) -> bool:
+    """Whether a value is a log-likelihood and whether greedy decoding gives what it is of."""
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    return pair and is_number(value[0]) and isinstance(value[1], bool)
 
 
 def generation_options(

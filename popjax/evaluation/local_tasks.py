@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from popjax.evaluation.encoding import Encoder, Pair
-from popjax.evaluation.journal import Journal
+from popjax.evaluation.journal import Journal, is_number
 from popjax.evaluation.protocols import DENSE, Case
 from popjax.evaluation.results import Row, differences
 from popjax.evaluation.scoring import Scorer
@@ -77,7 +78,7 @@ def _scored(
 ) -> list[list[float]]:
     """Log-likelihoods of the choices of every item."""
     keys = [f"{scorer.case.name}|{each.task.name}|{i}" for i in range(len(each.pairs))]
-    left = [i for i, key in enumerate(keys) if key not in journal]
+    left = [i for i, key in enumerate(keys) if not journal.holds(key, _numbers(each.pairs[i]))]
     on_done(len(keys) - len(left))
     places = [(i, j) for i in left for j in range(len(each.pairs[i]))]
     held: dict[int, dict[int, float]] = {i: {} for i in left}
@@ -89,6 +90,13 @@ def _scored(
             journal.put(keys[i], [held[i][j] for j in choices])
             on_done(1)
     return [journal[key] for key in keys]
+
+
+def _numbers(pairs: Sequence[Pair]) -> Callable[[Any], bool]:
+    """Whether a value is a number for each of these pairs."""
+    return lambda value: (
+        isinstance(value, list) and len(value) == len(pairs) and all(map(is_number, value))
+    )
 
 
 def measured(item: Item, logprobs: Sequence[float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from popjax.evaluation.encoding import Encoder, Pair
-from popjax.evaluation.journal import Journal
+from popjax.evaluation.journal import Journal, is_number
 from popjax.evaluation.protocols import DENSE, SPLIT
 from popjax.evaluation.results import Row
 from popjax.evaluation.scoring import Scorer
@@ -98,7 +98,7 @@ def measure(
     for i, pair in enumerate(windows.pairs):
         for scorer in scorers:
             key = f"{scorer.case.name}|{i}"
-            if key not in journal:
+            if not journal.holds(key, is_number):
                 ((_, score),) = scorer.scores([pair])
                 journal.put(key, score.logprob)
             found[scorer.case.name].append(-journal[key])

@@ -19,6 +19,7 @@ from popjax.evaluation.protocols import SPLIT, Case
 from popjax.evaluation.results import Evaluation, Row
 from popjax.evaluation.scoring import Scorer
 from popjax.evaluation.task_files import Task
+from popjax.eviction import gates
 from popjax.methods import check_evaluated
 from popjax.model import LanguageModel
 
@@ -71,6 +72,7 @@ class How:
             "chat": self.chat,
             "cases": {case.name: case.settings() for case in cases},
             "scout": scouts.digest(model.params),
+            "gates": gates.digest(model.params),
             **more,
         }
 

@@ -21,6 +21,7 @@ from popjax.continuation import continuation_logits
 from popjax.evaluation.encoding import Pair
 from popjax.evaluation.protocols import SINGLE_PASS, SPLIT, Case, checked_protocol
 from popjax.evaluation.single_pass import PREFILL_SCORES, judged
+from popjax.nonfinite import not_finite
 from popjax.sparsity import Params
 
 # Logits [B, n, V] of the split protocol are held whole: at most 256 MB, but for one long row.
@@ -65,11 +66,8 @@ class Scorer:
                 n = len(pairs[i].continuation)
                 total = math.fsum(logprobs[row, :n].tolist())
                 if not math.isfinite(total):
-                    raise ValueError(
-                        f"a log-likelihood under {self.case.name} is {total}: the weights or the "
-                        "dtype overflow; check the checkpoint (`popjax generate --check-tensors`) "
-                        "or use --dtype float32"
-                    )
+                    what = f"a log-likelihood under {self.case.name} is {total}"
+                    raise not_finite(what, self.params)
                 yield i, Score(total, n, bool(best[row, :n].all()))
 
     def _batches(self, pairs: Sequence[Pair]) -> list[list[int]]:

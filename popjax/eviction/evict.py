@@ -21,6 +21,7 @@ from popjax.eviction.again import choose_again, view, watch
 from popjax.eviction.allocation import Candidates
 from popjax.eviction.method import KvMethod, LayerEntries, budgeted, counts, reach, still_seen
 from popjax.eviction.shadow import listen, padded
+from popjax.nonfinite import not_finite
 from popjax.program import Program, program_field
 from popjax.sparsity import Params
 
@@ -213,7 +214,7 @@ def evict(
         apart=asked.apart,
     )
     del scores
-    check_finite(scored, np.asarray(finite))
+    check_finite(scored, np.asarray(finite), params)
     kept = empty_pool(totals, starts, asked.align, layers[0].k)
 
     def leaving() -> Iterator[LayerEntries]:
@@ -230,14 +231,12 @@ def empty_pool(totals: Sequence[int], starts: jax.Array, align: int, like: jax.A
     return pool.empty(like.shape[-1], starts.shape, rows, like.dtype)
 
 
-def check_finite(scored: list[int], finite: np.ndarray) -> None:
+def check_finite(scored: list[int], finite: np.ndarray, params: Params) -> None:
     """Raise ValueError naming the layers whose scores are not finite."""
     bad = [i for i, good in zip(scored, finite.tolist(), strict=True) if not good]
     if bad:
-        raise ValueError(
-            f"cache scores of layers {bad[:8]} are not finite for this prompt: the weights or the "
-            "dtype overflow; check the checkpoint (check_tensors=True) or load it in float32"
-        )
+        what = f"cache scores of layers {bad[:8]} are not finite for this prompt"
+        raise not_finite(what, params)
 
 
 __all__ = ["Eviction", "Programs", "check_finite", "check_model", "empty_pool", "evict"]

@@ -50,13 +50,16 @@ class FastKVzip(WithSinks):
         return LONG_WINDOW if length >= LONG_PROMPT else length // SHORT_SHARE
 
     def budget(self, length: int) -> int:
-        sure = min(self.sinks + self.recent(length), length)
+        sure = min(self.sure(length), length)
         if self.tokens is not None and self.tokens < sure:
             raise ValueError(
                 f"tokens {self.tokens} is below the {sure} entries a head that always stay of a "
                 f"prompt of {length}: keep more, or give a window of fewer"
             )
-        return max(super().budget(length), sure)
+        return super().budget(length)
+
+    def sure(self, length: int) -> int:
+        return self.sinks + self.recent(length)
 
     def protected(self, positions: jax.Array, lengths: jax.Array) -> jax.Array:
         recent = jnp.where(lengths >= LONG_PROMPT, LONG_WINDOW, lengths // SHORT_SHARE)

@@ -7,6 +7,7 @@ popjax does not open. Leaves out what gates compute (`fast_kvzip.py`) and their 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -20,12 +21,12 @@ import numpy as np
 import checkpoints
 from checkpoints.safetensors_files import SafetensorsFolder, read_header
 from popjax import axes
-from popjax.artefact import load_artefact, save_artefact
+from popjax.artefact import Form, load_artefact, save_artefact
 from popjax.config import ModelConfig
 from popjax.leaves import check_layers, with_leaves, without_leaves
 from popjax.sparsity import Params
 
-KIND, VERSION = "gates", "1"
+FORM = Form("gates", "1", "python -m scripts.train_gates --text TEXT --out FILE")
 GATE = "kv_gate"
 # Name -> the name that the authors' modules give it.
 NAMES = {
@@ -79,6 +80,17 @@ def without_gates(params: Params) -> Params:
     return without_leaves(params, "attn", {GATE})
 
 
+def digest(params: Params) -> str | None:
+    """What tells the gates among the parameters from others; None where there are none."""
+    found, layers = hashlib.sha256(), sorted(name for name in params if name.startswith("layer_"))
+    held = [(name, params[name]["attn"][GATE]) for name in layers if GATE in params[name]["attn"]]
+    for name, gate in held:
+        for key in NAMES:
+            found.update(f"{name}/{key} {gate[key].dtype}{gate[key].shape}".encode())
+            found.update(np.asarray(gate[key]).tobytes())
+    return found.hexdigest()[:16] if held else None
+
+
 def save_gates(
     path: str | os.PathLike[str], gates: Gates, params: Params, config: ModelConfig
 ) -> Path:
@@ -87,7 +99,7 @@ def save_gates(
     Raises CheckpointError where the path exists.
     """
     arrays = {f"layer_{i}/{name}": gate[name] for i, gate in enumerate(gates) for name in NAMES}
-    return save_artefact(path, (KIND, VERSION), arrays, without_gates(params), config)
+    return save_artefact(path, FORM, arrays, without_gates(params), config)
 
 
 def load_gates(path: str | os.PathLike[str], params: Params, config: ModelConfig) -> Gates:
@@ -97,7 +109,7 @@ def load_gates(path: str | os.PathLike[str], params: Params, config: ModelConfig
     """
     _refuse_pickle(Path(path))
     words = ("gates", "train gates for this one")
-    arrays = load_artefact(path, (KIND, VERSION), without_gates(params), config, words)
+    arrays = load_artefact(path, FORM, without_gates(params), config, words)
     return _checked(path, arrays, "layer_{}/{}", dict(zip(NAMES, NAMES, strict=True)), config)
 
 
@@ -176,6 +188,7 @@ __all__ = [
     "GATE",
     "NAMES",
     "Gates",
+    "digest",
     "gate_shapes",
     "init_gates",
     "load_gates",

@@ -103,10 +103,31 @@ class KvMethod:
 
     def budget(self, length: int) -> int:
         """Entries that stay of a prompt of `length` tokens, a head on average."""
-        asked = self.tokens
-        if asked is None:
-            asked = math.floor((1.0 if self.keep is None else self.keep) * length + 0.5)
-        return min(max(int(asked), self.least), length)
+        return min(max(self._asked(length), self.sure(length)), length)
+
+    def _asked(self, length: int) -> int:
+        if self.tokens is not None:
+            return int(self.tokens)
+        return math.floor((1.0 if self.keep is None else self.keep) * length + 0.5)
+
+    def sure(self, length: int) -> int:
+        """Entries a head of a prompt of `length` tokens that stay whatever the budget."""
+        return self.least
+
+    def idle(self, lengths: Sequence[int]) -> str | None:
+        """Why nothing leaves prompts of these lengths, in a sentence; None where something does."""
+        if any(self.budget(n) < n for n in lengths):
+            return None
+        longest = max(lengths)
+        if self._asked(longest) >= longest:
+            return (
+                f"the budget of {self._asked(longest)} entries a head holds all {longest} tokens "
+                "of the prompt"
+            )
+        return (
+            f"{self.sure(longest)} tokens stay whatever it is, and the prompt has {longest}: give "
+            "a smaller window, or a longer prompt"
+        )
 
     @property
     def repeats(self) -> bool:

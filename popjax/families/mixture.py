@@ -7,10 +7,12 @@ has one tensor for all experts of a layer. Left out: GGUF files of 2023, with on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Sequence
 from typing import Any
 
-from checkpoints import Row
+from checkpoints import CheckpointError, Row, TensorSource
+from checkpoints.slices import parent_of
 from popjax.config import LayerConfig, ModelConfig, MoeConfig
 from popjax.families.family import required
 
@@ -57,12 +59,47 @@ def moe_config(raw: dict[str, Any], width: str, renormalise: bool, **fields: Any
 
     Raises ValueError naming a bad value.
     """
-    # Newer files of one family carry the name that older ones of another do.
-    older = "num_local_experts" in raw and "num_experts" not in raw
-    named = "num_local_experts" if older else "num_experts"
-    num_experts = required(raw, named, "num_experts")
+    num_experts = required(raw, count_key(raw), "num_experts")
     top_k = required(raw, "num_experts_per_tok", "num_experts_per_tok")
     return MoeConfig(num_experts, top_k, required(raw, width, "expert_dim"), renormalise, **fields)
+
+
+def count_key(raw: dict[str, Any]) -> str:
+    """What a raw config calls the number of experts."""
+    # Newer files of one family carry the name that older ones of another do.
+    older = "num_local_experts" in raw and "num_experts" not in raw
+    return "num_local_experts" if older else "num_experts"
+
+
+def check_expert_count(
+    tensors: TensorSource, rows: Sequence[Row], config: ModelConfig, named: str
+) -> None:
+    """Raise CheckpointError where routers and experts in the files agree on another count.
+
+    named: what the config calls it. Files that disagree among themselves are left to `convert`,
+    which names the tensors.
+    """
+    routers: dict[str, int] = {}
+    experts: Counter[str] = Counter()
+    mixed = [row for row in rows if "/moe/" in row.targets[0]]
+    for name in tensors.names():
+        for target in (path for row in mixed for path in row.to_targets(name) or ()):
+            path, index = parent_of(target)
+            block, leaf = path.rsplit("/", 1)
+            first = (*tensors.info(name).shape, 0)[0]
+            if leaf == "router":
+                routers[block] = first
+            elif leaf == "gate":
+                experts[block] += first if index is None else 1
+    for i, layer in enumerate(config.layers):
+        block = f"layer_{i}/moe"
+        asked = None if layer.moe is None else layer.moe.num_experts
+        held = routers.get(block)
+        if asked is not None and held and held == experts[block] != asked:
+            raise CheckpointError(
+                f"{tensors.location} does not fit its config: {named} is {asked}, and the weights "
+                f"have {held} experts in layer {i}: set {named} to {held}, or fetch the model again"
+            )
 
 
 def dense_layers(raw: dict[str, Any]) -> frozenset[int]:

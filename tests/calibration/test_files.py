@@ -50,7 +50,7 @@ def test_another_model_is_refused() -> None:
 
 def test_what_is_not_such_a_file_is_refused(tmp_path: Path) -> None:
     params, config = params_of("llama"), config_of("llama")
-    with pytest.raises(CheckpointError, match="is not a file: give the path of a saved channel-st"):
+    with pytest.raises(CheckpointError, match="is not a file: give one of kind 'channel-st"):
         load_statistics(tmp_path / "none", params, config)
     (tmp_path / "text").write_text("no statistics")
     with pytest.raises(CheckpointError):

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import checkpoints
 from popjax import LanguageModel, PrefillPruning, ShortGPT, SnapKV
+from popjax.calibration.statistics import FORM
 from popjax.cli import app
 from popjax.cli.evaluation_options import chosen_cases
 from popjax.continuation import continuation_logprobs
@@ -116,6 +119,28 @@ def test_an_interrupted_run_goes_on_and_others_are_refused(
     assert "(cases: online-pruning ratio 0.5: method: gamma 0.1, now 0.2)" in said(banded)
 
 
+@pytest.mark.parametrize("bad", ["words", None, True, [1], {"a": 1}])
+def test_results_of_another_form_are_one_sentence(
+    command: Any, task_file: Callable[..., Path], tmp_path: Path, bad: Any
+) -> None:
+    text = tmp_path / "fox.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    for asked in (
+        ("eval", "--tasks", str(task_file()), "--limit", "1"),
+        ("perplexity", "--text", str(text), *SHORT),
+    ):
+        out = tmp_path / f"{asked[0]}.jsonl"
+        assert command(*asked, "--out", str(out)).exit_code == 0
+        first, line, *others = out.read_text().splitlines()
+        record = json.dumps({**json.loads(line), "value": bad})
+        out.write_text("\n".join([first, record, *others, ""]))
+        refused = command(*asked, "--out", str(out))
+        assert refused.exit_code == 1
+        assert "is damaged: the value of 'dense|" in said(refused) and "unexpected" not in said(
+            refused
+        )
+
+
 def test_perplexity_of_windows_is_paired_with_dense(
     command: Any, tmp_path: Path, long_model: LanguageModel
 ) -> None:
@@ -185,7 +210,7 @@ def test_cases_are_named_by_what_they_take_away() -> None:
         (["--num-fewshot", "2"], 2, "--num-fewshot: it is of tasks that lm-eval has, and only"),
         (["--include-path", "."], 2, "--include-path: it is of tasks that lm-eval has"),
         (["--tasks", "arc_easy", "--include-path", "nowhere"], 2, "there is no folder nowhere"),
-        (["--max-length", "5000"], 1, "max_length 5000 is outside 2..1024"),
+        (["--max-length", "5000"], 1, "--max-length 5000 is outside 2..1024"),
         (["--max-length", "4"], 1, "of pets has 7 tokens, above"),
     ],
 )
@@ -200,11 +225,11 @@ def test_bad_files_are_one_sentence(command: Any, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     result = command("eval", "--tasks", str(empty))
-    assert result.exit_code == 1 and "empty.jsonl is empty: write one JSON object" in said(result)
+    assert result.exit_code == 2 and "empty.jsonl is empty: write one JSON object" in said(result)
     (tmp_path / "empty.txt").touch()
-    for name, words, code in (("empty.txt", "is empty", 1), ("none.txt", "there is no file", 2)):
+    for name, words in (("empty.txt", "is empty"), ("none.txt", "there is no file")):
         result = command("perplexity", "--text", str(tmp_path / name))
-        assert result.exit_code == code and words in said(result)
+        assert result.exit_code == 2 and words in said(result)
     (tmp_path / "short.txt").write_text("too short")
     result = command("perplexity", "--text", str(tmp_path / "short.txt"), *SHORT)
     assert result.exit_code == 1 and "give a longer text" in said(result)
@@ -246,13 +271,12 @@ def test_calibrated_methods_are_none_of_a_single_pass(command: Any, tmp_path: Pa
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     asked = ("perplexity", "--text", str(text), *SHORT, *ONLINE, "--method", "flap")
-    asked = (*asked, "--statistics", str(tmp_path / "none.safetensors"))
-    refused = command(*asked, "--protocol", "single-pass")
+    missing = command(*asked, "--statistics", str(tmp_path / "none.safetensors"))
+    assert missing.exit_code == 2 and "is not a file: give one of kind" in said(missing)
+    file = tmp_path / "statistics.safetensors"
+    checkpoints.save_bundle(file, FORM.kind, FORM.version, {"a": np.zeros(1)}, {})
+    refused = command(*asked, "--statistics", str(file), "--protocol", "single-pass")
     assert refused.exit_code == 2 and "runs no method that is calibrated" in said(refused)
-    out = tmp_path / "out.jsonl"
-    missing = command(*asked, "--out", str(out))
-    assert missing.exit_code == 1 and "cannot be read" in said(missing)
-    assert not out.exists()
 
 
 def test_a_ratio_that_cannot_be_served_begins_no_file(command: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from popjax.evaluation.journal import Journal
+from popjax.evaluation.journal import Journal, is_number
 
 SETTINGS = {"protocol": "split", "limit": 4, "cases": {"dense": {"gamma": 0.1}}}
 
@@ -22,7 +22,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     filled(path)
     with Journal(SETTINGS, path) as journal:
         assert journal.resumed == 2 and journal["dense|pets|0"] == [-1.5, -2.25]
-        assert "dense|pets|2" not in journal
+        assert not journal.holds("dense|pets|2", bool)
         journal.put("dense|pets|2", [-4.0])
     with Journal(SETTINGS, path) as journal:
         assert journal.resumed == 3
@@ -107,6 +107,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
             Journal(SETTINGS, path)
     with pytest.raises(ValueError, match="is a folder"):
         Journal(SETTINGS, tmp_path)
+
+
+def test_a_value_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    filled(path)
+    with Journal(SETTINGS, path) as journal:
+        journal.put("a", "words")
+        assert journal.holds("a", lambda value: isinstance(value, str))
+        words = "out.jsonl is damaged: the value of 'a' is words, no result of its kind: remove"
+        with pytest.raises(ValueError, match=words):
+            journal.holds("a", is_number)
+    assert [is_number(value) for value in (1, -2.5, True, "1", None)] == [True, True, *[False] * 3]
 
 
 def test_places_that_take_no_file(tmp_path: Path) -> None:

@@ -191,3 +191,23 @@ def test_lm_eval_finds_it_by_name(long_checkpoint: Path) -> None:
     assert (lm.max_length, lm.batch_size, lm.protocol) == (64, 16, SPLIT)
     with pytest.raises(ValueError, match="device 'cuda:0' is not jax's 'cpu'"):
         PopjaxLM(str(long_checkpoint), device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "bad"),
+    [
+        ("loglikelihood", ("The", " fox"), 3.0),
+        ("loglikelihood", ("The", " fox"), [1.0, 2]),
+        ("loglikelihood_rolling", ("The fox",), "words"),
+        ("generate_until", ("The", {"until": ["."], "max_gen_toks": 2}), 3.0),
+    ],
+)
+def test_kept_answers_of_another_form_are_refused(
+    long_model: LanguageModel, kind: str, arguments: tuple[Any, ...], bad: Any, tmp_path: Path
+) -> None:
+    with Journal({}, tmp_path / "out.jsonl") as journal:
+        lm = PopjaxLM(long_model, journal=journal)
+        args = (*arguments, 0) if kind == "generate_until" else arguments
+        journal.put(lm._key(kind, args), bad)
+        with pytest.raises(ValueError, match="is damaged: the value of .* no result of its kind"):
+            getattr(lm, kind)(requests(kind, arguments))

@@ -194,7 +194,7 @@ def test_generate_picks_the_method(popjax: Any, arguments: list[str], method: st
         (["--ratio", "0.5", "--prefill", "fast"], "prefill 'fast' is unknown"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--temperature", "-1", "--do-sample"], "temperature -1.0 is out of range"),
-        (["--top-p", "2", "--do-sample"], "top_p 2.0 is out of range"),
+        (["--top-p", "2", "--do-sample"], "--top-p 2.0 is out of range"),
         (["--top-k", "3", "--greedy"], "no effect on greedy"),
         (["--dtype", "int8"], "dtype 'int8' is not supported"),
         (["--compare-dense"], "compares FFN pruning alone"),
@@ -265,8 +265,8 @@ def test_prompt_comes_from_argument_file_or_pipe(popjax: Any, tmp_path: Path) ->
 
 def test_prompt_that_is_not_text_fails(popjax: Any) -> None:
     result = popjax("generate", stdin=b"good \xff bad")
-    assert result.exit_code == 1
-    assert "standard input is not UTF-8 at byte 5" in result.stderr
+    assert result.exit_code == 2
+    assert "standard input is not UTF-8 at byte 5" in flat(result.stderr)
 
 
 def test_chat_option_applies_the_template(popjax: Any, tiny_model: LanguageModel) -> None:

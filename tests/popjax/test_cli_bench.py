@@ -69,6 +69,17 @@ def test_quality_stands_beside_speed(bench: Any, tmp_path: Path) -> None:
     assert "loss above dense, nats" in " ".join(shown.stdout.split())
 
 
+@pytest.mark.parametrize("name", ["q.txt", "q", "q.pngg"])
+def test_pictures_have_a_format_that_can_be_written(name: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    asked = ["bench", "--model", "nowhere", "--text", str(text), "--figure", name]
+    refused = CliRunner().invoke(app, asked)
+    said = " ".join(refused.stderr.replace("\u2502", " ").split())
+    assert refused.exit_code == 2
+    assert f"--figure: {name} is no picture that matplotlib writes: give a name" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

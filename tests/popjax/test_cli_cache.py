@@ -55,6 +55,38 @@ def test_a_budget_alone_means_laprox_and_is_shown(command: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--kv", "laprox", "--kv-keep", "0.1"], "32 tokens stay whatever it is"),
+        (["--kv", "streaming-llm", "--kv-keep", "0.1", "--kv-window", "40"],
+         "44 tokens stay whatever it is"),
+        (["--kv-keep", "1"], "entries a head holds all"),
+        (["--kv-tokens", "60"], "the budget of 60 entries a head holds all"),
+    ],
+)  # fmt: skip
+def test_a_budget_without_effect_is_said_with_the_reason(
+    command: Any, arguments: list[str], why: str
+) -> None:
+    shown = command("generate", "The quick fox", *arguments, "--max-new-tokens", "2")
+    assert shown.exit_code == 0, shown.stderr
+    text = " ".join(shown.stderr.split())
+    said = text.partition("cache kept every entry, the budget had no effect: ")[2]
+    assert why in said.partition(" time ")[0]
+    assert text.count("cache kept") == 1
+
+
+def test_a_budget_with_an_effect_is_not_called_idle(model: LanguageModel) -> None:
+    found = model.generate(PROMPT, kv=LaProx(tokens=6, window=3), max_new_tokens=2)
+    assert found.report.kv_idle is None and found.report.kv is not None
+    assert model.generate(PROMPT, max_new_tokens=2).report.kv_idle is None
+    idle = model.generate("The fox", kv=LaProx(keep=0.1), max_new_tokens=2).report
+    assert idle.kv_idle is not None and idle.to_json()["kv_idle"] == idle.kv_idle
+    # A long prompt beside a short one has entries to spare.
+    both = model.generate([PROMPT, "The"], kv=LaProx(tokens=6, window=3), max_new_tokens=2)
+    assert both.report.kv_idle is None
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--kv", "laprox"], "no budget was given"),
@@ -81,7 +113,7 @@ def test_wrong_options_are_wrong_usage(command: Any, arguments: list[str], words
         (["--kv-tokens", "8"], "--kv-tokens: tokens 8 is below"),
         (["--kv-keep", "0.5", "--kv-tokens", "40"], "--kv-keep / --kv-tokens: give one"),
         (["--kv-every", "40"], "--kv-every: --kv-every needs"),
-        (["--kv-keep", "0.5", "--kv-every", "40"], "give --kv-tokens=256"),
+        (["--kv-keep", "0.5", "--kv-every", "40"], "give --kv-tokens 256"),
         (["--kv", "h2o", "--kv-tokens", "40", "--kv-every", "40"], "--kv-every: H2O scores"),
         (["--kv-tokens", "40", "--kv-every", "8"], "--kv-every: --kv-every 8 is below the window"),
         (["--kv-tokens", "40", "--prefill-chunk", "8"], "--prefill-chunk: --prefill-chunk 8 is"),

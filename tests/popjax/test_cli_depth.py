@@ -40,6 +40,32 @@ def test_the_report_says_what_was_skipped(command: Any, tiny_model: LanguageMode
     assert json.loads(dense.stdout)["report"]["depth"] is None
 
 
+def test_one_token_skips_nothing(command: Any, tiny_model: LanguageModel) -> None:
+    """It is the boundary, which runs every layer."""
+    asked = {"depth": PrefillPruning(skip=0.5), "max_new_tokens": 2}
+    (word,) = tiny_model.encode("a")[0]
+    found = tiny_model.generate([[word]], **asked).report.depth
+    assert found is not None and found.skipped == () and found.flops == found.dense_flops
+    shown = command("generate", "a", "--skip", "0.5", "--max-new-tokens", "2")
+    assert "0 of 2 skipped in prefill (one prompt token" in " ".join(shown.stderr.split())
+    # A longer row beside it skips, and so does the token itself where its boundary is not handled.
+    both = tiny_model.generate([[word], [word, word]], **asked).report.depth
+    passing = PrefillPruning(skip=0.5, handle_boundary=False)
+    alone = tiny_model.generate([[word]], depth=passing, max_new_tokens=2).report.depth
+    assert both is not None and both.skipped == (1,) and alone is not None
+    assert alone.skipped == (1,)
+
+
+def test_a_share_that_rounds_to_no_layer_is_refused(command: Any) -> None:
+    refused = command("generate", PROMPT, "--skip", "0.01", "--max-new-tokens", "2")
+    assert refused.exit_code == 1
+    rounds = "skip 0.01 of the model's 2 layers rounds to none: give 0.5 for one layer, or 0"
+    assert rounds in refused.stderr
+    whole = command("generate", PROMPT, "--skip", "0", *SHORT)
+    dense = command("generate", PROMPT, *SHORT)
+    assert json.loads(whole.stdout)["tokens"] == json.loads(dense.stdout)["tokens"]
+
+
 def test_scores_are_calibrated_and_used(command: Any, tmp_path: Path) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "scores.safetensors"
     text.write_text(PROMPT * 3, encoding="utf-8")

@@ -43,7 +43,7 @@ def test_it_never_writes_over_a_folder(export: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     result = export()
-    assert result.exit_code == 1 and "not an empty folder" in result.stderr
+    assert result.exit_code == 2 and "not an empty folder" in flat(result.stderr)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
@@ -67,7 +67,7 @@ def test_what_it_cannot_do(
 
 def test_a_text_that_is_none(export: Any, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
-    assert "holds no text" in flat(export(text="empty.txt").stderr)
+    assert "is empty: give a text" in flat(export(text="empty.txt").stderr)
     assert "there is no file" in flat(export(text="absent.txt").stderr)
 
 
@@ -88,12 +88,14 @@ def test_statistics_may_decide_in_place_of_a_text(
 
     for method in ("flap", "teal"):
         refused = run("--method", method)
-        assert refused.exit_code == 1
-        assert "that no plain checkpoint holds: use frozen, griffin or wanda-sp" in refused.stderr
-    text = run("--method", "wanda-sp", "--text", str(file))
-    assert text.exit_code == 2 and "ranks channels by --statistics: leave it out" in flat(
-        text.stderr
-    )
+        assert refused.exit_code == 2
+        assert "no plain checkpoint holds: use frozen, griffin or wanda-sp" in flat(refused.stderr)
+    for option, value in (("--text", str(file)), ("--samples", "3"), ("--window", "64")):
+        idle = run("--method", "wanda-sp", option, value)
+        assert idle.exit_code == 2
+        assert f"{option}: wanda-sp ranks channels by --statistics: leave it out" in flat(
+            idle.stderr
+        )
     assert not (tmp_path / "out").exists()
     result = run("--method", "wanda-sp")
     assert result.exit_code == 0, result.stderr
@@ -118,6 +120,6 @@ def test_places_that_take_no_folder(tiny_checkpoint: Path, tmp_path: Path, place
     (tmp_path / "words.txt").write_text(WORDS)
     asked = ["--model", str(tiny_checkpoint), "--text", str(tmp_path / "words.txt")]
     refused = CliRunner().invoke(app, ["export", place, *asked, "--samples", "1", "--window", "9"])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     told = flat(refused.stderr)
     assert "Errno" not in told and ("choose another place" in told)

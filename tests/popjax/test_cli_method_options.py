@@ -64,10 +64,10 @@ def test_they_reach_the_method() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--min-tokens", "2"), 1, "min_tokens 2 is of experts, and this llama model has none"),
+        (("--min-tokens", "2"), 1, "--min-tokens 2 is of experts, and this llama model has none"),
         (("--unseen", "dense"), 1, "unseen 'dense' is of experts, and this llama model has none"),
         (("--shared", "pruned"), 1, "shared 'pruned' is of an FFN that every token uses beside"),
-        (("--min-tokens", "-1"), 2, "--min-tokens: min_tokens -1 is not a whole number"),
+        (("--min-tokens", "-1"), 2, "--min-tokens: --min-tokens -1 is not a whole number"),
         (("--unseen", "some"), 2, "--unseen: unseen 'some' is unknown"),
         (("--shared", "some"), 2, "--shared: shared 'some' is unknown"),
         (("--method", "gate-first", "--ends", "some"), 2, "--ends: ends 'some' is unknown"),

@@ -62,7 +62,10 @@ def test_a_scout_is_written_and_used(command: Any, tmp_path: Path) -> None:
     [
         (("--method", "scout", "--ratio", "0.3"), "scout needs --scout FILE"),
         (("--scout", "none.safetensors"), "it is of --method scout"),
-        (("--method", "scout", "--ratio", "0.3", "--scout", "none"), "there is no file none"),
+        (
+            ("--method", "scout", "--ratio", "0.3", "--scout", "none"),
+            "none is not a file: give",
+        ),
     ],
 )
 def test_scouts_and_methods_go_together(
@@ -86,7 +89,7 @@ def test_a_scout_is_rounded_by_a_text(command: Any, tmp_path: Path) -> None:
     assert command("calibrate", "scout", "-o", str(plain)).exit_code == 0
     written = command("calibrate", "scout", "-o", str(rounded), *few)
     assert written.exit_code == 0, written.stderr
-    (one, _), (other, about) = (load_bundle(path, "scout", "1") for path in (plain, rounded))
+    (one, _), (other, about) = (load_bundle(path, "scout", "1", "") for path in (plain, rounded))
     assert about["about"] == "3 prompts of 12 tokens of text.txt"
     assert one.keys() == other.keys()
     assert all((one[name] != other[name]).any() for name in one if not name.endswith("scale"))

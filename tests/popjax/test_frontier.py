@@ -48,6 +48,8 @@ def test_the_picture_shows_every_kind_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Figure, "savefig", kept)
     path = draw(tmp_path / "frontier.png", points(result(), LOSSES), title="two ratios")
     assert path.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [path]
+    drawing = draw(tmp_path / "frontier.SVG", points(result(), LOSSES), title="two ratios")
+    assert b"<svg" in drawing.read_bytes()
     left, right = drawn[0].axes
     legend = left.get_legend()
     assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["fast"]

@@ -226,3 +226,35 @@ def test_what_metadata_leave_unsaid(
 def test_experts_that_are_weighted_otherwise(entries: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         hf_config(gguf_metadata("llama", **entries), [])
+
+
+@pytest.mark.parametrize("stated", [3, 8])
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "expert_count"])
+def test_another_number_of_experts_is_one_short_sentence(
+    key: str, stated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = "mixtral" if key == "num_local_experts" else "qwen3_moe"
+    tensors = written(family)
+    changed = {k: v for k, v in RAW[family].items() if k != "num_experts"} | {key: stated}
+    if key == "expert_count":
+        monkeypatch.setitem(RAW, family, {**RAW[family], "num_experts": stated})
+        path = write_gguf(tmp_path / "model.gguf", family, tensors, KINDS.F32)
+    else:
+        path = tmp_path / "hub"
+        checkpoints.save_safetensors(
+            path, tensors.items(), config={**changed, "model_type": family}
+        )
+    with pytest.raises(checkpoints.CheckpointError) as caught:
+        read_params(open_source(str(path)))
+    said = str(caught.value).replace(str(path), "FOLDER")
+    assert f"{key} is {stated}, and the weights have 4 experts in layer 0" in said
+    assert len(said) < 200 and "down_proj" not in said
+
+
+def test_experts_that_are_lost_are_named_few_and_counted(tmp_path: Path) -> None:
+    """The router says that the config is right, so the tensors are what is wrong."""
+    tensors = {k: v for k, v in written("qwen3_moe").items() if ".experts.3." not in k}
+    raw = {**RAW["qwen3_moe"], "model_type": "qwen3_moe"}
+    checkpoints.save_safetensors(tmp_path / "hub", tensors.items(), config=raw)
+    with pytest.raises(checkpoints.CheckpointError, match="lacks 6 tensors: .* and 1 more"):
+        read_params(open_source(str(tmp_path / "hub")))

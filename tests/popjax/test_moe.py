@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from checkpoints import CheckpointError
 from popjax import loading
 from popjax.cli import app
 from popjax.config import MoeConfig, from_json, to_json
+from popjax.evaluation.encoding import Pair
+from popjax.evaluation.protocols import SINGLE_PASS, SPLIT, Case
+from popjax.evaluation.scoring import Scorer
+from popjax.eviction import LaProx
 from popjax.expert_partition import ExpertPartition
 from popjax.families import FAMILIES
 from popjax.families.mixture import dense_layers
@@ -199,14 +204,23 @@ def test_a_token_reads_the_rows_of_its_own_experts() -> None:
     assert masked.read_bytes == dense
 
 
-def test_a_router_that_is_not_finite_is_named() -> None:
+@pytest.mark.parametrize("layer", ["layer_0", "layer_1"])
+def test_a_router_that_is_not_finite_is_named(layer: str) -> None:
+    """That of the first layer spoils what the second shows to methods, the other the logits."""
     config = tiny("olmoe")
     params = random_params(config)
-    moe = params["layer_1"]["moe"]
-    params["layer_1"]["moe"] = {**moe, "router": moe["router"].at[3, 0].set(jnp.nan)}
-    for method in (Method(), Frozen(0.5)):
-        with pytest.raises(ValueError, match="the router of layer_1 has NaN"):
-            run(params, config, Request(PROMPTS, 3, method=method))
+    moe = params[layer]["moe"]
+    params[layer]["moe"] = {**moe, "router": moe["router"].at[3, 0].set(jnp.nan)}
+    asked: list[dict[str, Any]] = [{"method": Method()}, {"method": Frozen(0.5)}]
+    asked += [{"eviction": LaProx(tokens=4, window=2)}]
+    for each in asked:
+        with pytest.raises(ValueError, match=f"the router of {layer} has NaN"):
+            run(params, config, Request(PROMPTS, 3, **each))
+    pairs = [Pair((5, 6, 7), (8, 9))]
+    cases = [Case("dense"), Case("frozen", Frozen(0.5))]
+    for case, protocol in itertools.product(cases, (SPLIT, SINGLE_PASS)):
+        with pytest.raises(ValueError, match=f"the router of {layer} has NaN"):
+            list(Scorer(params, config, case, protocol).scores(pairs))
 
 
 def test_a_part_of_a_prompt_does_not_show_experts() -> None:

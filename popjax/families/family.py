@@ -99,6 +99,16 @@ class Family:
     width_key: str = "intermediate_size"
 
 
+def flag(raw: Mapping[str, Any], key: str, default: bool) -> bool:
+    """Whether a config says yes; null is no. Raises ValueError for anything but true and false."""
+    value = raw.get(key, default)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(
+            f"{key} {value!r} in the model config is neither true nor false: repair it"
+        )
+    return bool(value)
+
+
 def required(raw: dict[str, Any], key: str, limit: str) -> int:
     """A size that config.json must state. Raises ValueError when absent or absurd."""
     if key not in raw:
@@ -191,7 +201,7 @@ def decoder_config(
         "max_positions": raw.get("max_position_embeddings", 2048),
         "norm_eps": positive({"rms_norm_eps": 1e-6, **raw}, "rms_norm_eps"),
         "activation": activation(raw.get("hidden_act", "silu")),
-        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "tie_embeddings": flag(raw, "tie_word_embeddings", False),
     }
     return ModelConfig(**{**known, **fields})
 

@@ -16,6 +16,7 @@ from popjax.families.family import (
     Family,
     activation,
     decoder_config,
+    flag,
     offset,
     optional,
     positive,
@@ -51,8 +52,8 @@ def gemma_config(raw: dict[str, Any], family: str, **fields: Any) -> ModelConfig
     raw = {"head_dim": 256, "tie_word_embeddings": True, **raw}
     known: dict[str, Any] = {
         "activation": activation(raw.get("hidden_activation") or "gelu_pytorch_tanh"),
-        "qkv_bias": bool(raw.get("attention_bias", False)),
-        "o_bias": bool(raw.get("attention_bias", False)),
+        "qkv_bias": flag(raw, "attention_bias", False),
+        "o_bias": flag(raw, "attention_bias", False),
         "norm_offset": True,
         "norm_place": "both",
         "query_scale": positive({"query_pre_attn_scalar": 256, **raw}, "query_pre_attn_scalar")

@@ -6,14 +6,14 @@ from typing import Any
 
 from checkpoints import Row
 from popjax.config import ModelConfig
-from popjax.families.family import Family, decoder_config, positive, rope_config, rope_values
+from popjax.families.family import Family, decoder_config, flag, positive, rope_config, rope_values
 from popjax.families.opt import mlp_rows, norm_rows, o_rows
 
 _LAYER = "gpt_neox.layers.{i}."
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
-    bias = bool(raw.get("attention_bias", True))
+    bias = flag(raw, "attention_bias", True)
     # This family's own names of what others call by these.
     rotary = {
         "rope_theta": raw.get("rotary_emb_base", 10_000.0),
@@ -31,7 +31,7 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=True,
-        parallel=bool(raw.get("use_parallel_residual", True)),
+        parallel=flag(raw, "use_parallel_residual", True),
     )
 
 

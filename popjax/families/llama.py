@@ -12,6 +12,7 @@ from popjax.families.family import (
     HF_ROWS,
     Family,
     decoder_config,
+    flag,
     permuted,
 )
 
@@ -19,7 +20,7 @@ from popjax.families.family import (
 def _config(raw: dict[str, Any]) -> ModelConfig:
     if raw.get("mlp_bias"):
         raise ValueError("mlp_bias true is not supported for llama: no published checkpoint has it")
-    bias = bool(raw.get("attention_bias", False))
+    bias = flag(raw, "attention_bias", False)
     return decoder_config(raw, "llama", qkv_bias=bias, o_bias=bias)
 
 

@@ -15,6 +15,7 @@ from popjax.families.family import (
     MLP_NORM,
     Family,
     decoder_config,
+    flag,
 )
 
 _NORMS = ("layer_{i}/attn_out_norm/scale", "layer_{i}/mlp_out_norm/scale")
@@ -30,7 +31,7 @@ def _rows(rows: tuple[Row, ...], *names: str) -> tuple[Row, ...]:
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
-    bias = bool(raw.get("attention_bias", False))
+    bias = flag(raw, "attention_bias", False)
     fields = {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "qk_norm_over": "all"}
     raw = {"rms_norm_eps": 1e-5, **raw}
     return decoder_config(raw, "olmo2", norm_place="post", **fields)

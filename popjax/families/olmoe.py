@@ -13,6 +13,7 @@ from popjax.families.family import (
     HF_ROWS,
     Family,
     decoder_config,
+    flag,
 )
 from popjax.families.mixture import EXPERT_ROWS, GGUF_EXPERT_ROWS, moe_config, with_experts
 
@@ -28,11 +29,11 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
             f"clip_qkv {raw['clip_qkv']!r} is not supported for olmoe: no published checkpoint "
             "has it"
         )
-    bias, window = bool(raw.get("attention_bias", False)), raw.get("sliding_window")
+    bias, window = flag(raw, "attention_bias", False), raw.get("sliding_window")
     fields = {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "qk_norm_over": "all"}
     raw = {"rms_norm_eps": 1e-5, **raw}
     config = decoder_config(raw, "olmoe", windows=lambda i: window, **fields)
-    renormalise = bool(raw.get("norm_topk_prob", False))
+    renormalise = flag(raw, "norm_topk_prob", False)
     return with_experts(config, moe_config(raw, "intermediate_size", renormalise))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoints import Row
 from popjax.config import ModelConfig
-from popjax.families.family import Family, activation, decoder_config, refuse
+from popjax.families.family import Family, activation, decoder_config, flag, refuse
 
 _LAYER = "model.decoder.layers.{i}."
 
@@ -48,7 +48,7 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
             f"word_embed_proj_dim {width!r} differs from hidden_size {raw.get('hidden_size')!r}, "
             "which is not supported for opt: use a model whose embeddings have its width"
         )
-    bias = bool(raw.get("enable_bias", True))
+    bias = flag(raw, "enable_bias", True)
     known = {"tie_word_embeddings": True, **raw, "num_key_value_heads": None}
     if "ffn_dim" in raw:
         known["intermediate_size"] = raw["ffn_dim"]

@@ -16,6 +16,7 @@ from popjax.families.family import (
     HF_ROWS,
     Family,
     decoder_config,
+    flag,
     listed_windows,
     required,
 )
@@ -45,16 +46,16 @@ _GGUF_SHARED_ROWS = (
 def _config(raw: dict[str, Any]) -> ModelConfig:
     if raw.get("layer_types") is None:
         # Every other one of the lower layers, as the family's own code has it.
-        lower, slides = raw.get("max_window_layers", 28), bool(raw.get("use_sliding_window"))
+        lower, slides = raw.get("max_window_layers", 28), flag(raw, "use_sliding_window", False)
         kinds = [
             "sliding_attention" if slides and i % 2 == 0 and i < lower else "full_attention"
             for i in range(required(raw, "num_hidden_layers", "num_layers"))
         ]
         raw = {**raw, "layer_types": kinds}
-    bias = bool(raw.get("qkv_bias", True))
+    bias = flag(raw, "qkv_bias", True)
     windows = listed_windows(raw, from_layer=0)
     config = decoder_config(raw, "qwen2_moe", windows=windows, qkv_bias=bias)
-    renormalise = bool(raw.get("norm_topk_prob", False))
+    renormalise = flag(raw, "norm_topk_prob", False)
     moe = moe_config(raw, "moe_intermediate_size", renormalise, shared_gate=True)
     shared = required(raw, "shared_expert_intermediate_size", "mlp_dim")
     return with_experts(config, moe, shared, dense_layers(raw))

@@ -14,12 +14,13 @@ from popjax.families.family import (
     HF_ROWS,
     Family,
     decoder_config,
+    flag,
     listed_windows,
 )
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
-    bias = bool(raw.get("attention_bias", False))
+    bias = flag(raw, "attention_bias", False)
     windows = listed_windows(raw, from_layer=raw.get("max_window_layers", 28))
     raw = {"head_dim": 128, **raw}
     return decoder_config(raw, "qwen3", windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=True)

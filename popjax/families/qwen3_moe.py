@@ -14,6 +14,7 @@ from popjax.families.family import (
     HF_ROWS,
     Family,
     decoder_config,
+    flag,
 )
 from popjax.families.mixture import (
     EXPERT_ROWS,
@@ -25,11 +26,11 @@ from popjax.families.mixture import (
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
-    bias = bool(raw.get("attention_bias", False))
+    bias = flag(raw, "attention_bias", False)
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     fields: dict[str, Any] = {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
     config = decoder_config(raw, "qwen3_moe", windows=lambda i: window, **fields)
-    renormalise = bool(raw.get("norm_topk_prob", False))
+    renormalise = flag(raw, "norm_topk_prob", False)
     moe = moe_config(raw, "moe_intermediate_size", renormalise)
     return with_experts(config, moe, dense=dense_layers(raw))
 

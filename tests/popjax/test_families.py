@@ -23,6 +23,7 @@ from tests.popjax.published_models import (
     PHI3_MINI,
     PYTHIA_160M,
     QWEN3_8B,
+    QWEN3_30B_MOE,
     QWEN25_7B,
 )
 from tests.popjax.tiny_models import CONFIGS, MIXTURES, tiny
@@ -39,6 +40,21 @@ def test_llama_31_reads_its_scaled_rotation() -> None:
     assert config.num_layers == 32
     assert config.layers[0].head_dim == 128
     assert not config.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        (LLAMA_31_8B, "tie_word_embeddings"),
+        (LLAMA_31_8B, "attention_bias"),
+        (PYTHIA_160M, "use_parallel_residual"),
+        (QWEN3_30B_MOE, "norm_topk_prob"),
+    ],
+)
+@pytest.mark.parametrize("value", ["yes", "false", 1])
+def test_what_is_no_true_or_false_is_refused(raw: dict[str, Any], key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{key} {value!r} in the model config is neither true"):
+        model_config({**raw, key: value})
 
 
 def test_both_forms_of_rotary_settings_read_alike() -> None:

@@ -225,7 +225,7 @@ def test_bad_files_are_one_sentence(command: Any, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     result = command("eval", "--tasks", str(empty))
-    assert result.exit_code == 2 and "empty.jsonl is empty: write one JSON object" in said(result)
+    assert result.exit_code == 2 and "is empty: write one JSON object" in said(result)
     (tmp_path / "empty.txt").touch()
     for name, words in (("empty.txt", "is empty"), ("none.txt", "there is no file")):
         result = command("perplexity", "--text", str(tmp_path / name))

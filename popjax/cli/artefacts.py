@@ -31,4 +31,21 @@ def check_artefact(path: Path | None, option: str, form: Form) -> None:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-__all__ = ["check_artefact"]
+def check_artefact_of(
+    owner: tuple[str, str], needed: bool, path: Path | None, option: str, form: Form
+) -> None:
+    """Wrong usage unless a file of this form is given where it is `needed`, and only there.
+
+    owner: the option and its value that the file is for.
+    """
+    flag, name = owner
+    if needed and path is None:
+        raise typer.BadParameter(
+            f"{name} needs {option} FILE: write one with {form.command}", param_hint=flag
+        )
+    if path is not None and not needed:
+        raise typer.BadParameter(f"it is of {flag} {name}: name that", param_hint=option)
+    check_artefact(path, option, form)
+
+
+__all__ = ["check_artefact", "check_artefact_of"]

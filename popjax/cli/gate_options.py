@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli.artefacts import check_artefact
+from popjax.cli.artefacts import check_artefact_of
 
 if TYPE_CHECKING:
     from popjax.eviction import KvMethod
@@ -30,13 +30,7 @@ def check_gates(eviction: KvMethod | None, path: Path | None) -> None:
     from popjax.eviction.gates import FORM
 
     needed = isinstance(eviction, FastKVzip)
-    if needed and path is None:
-        raise typer.BadParameter(
-            f"fast-kvzip needs --kv-gates FILE: write one with {FORM.command}", param_hint="--kv"
-        )
-    if path is not None and not needed:
-        raise typer.BadParameter("it is of --kv fast-kvzip: name that", param_hint="--kv-gates")
-    check_artefact(path, "--kv-gates", FORM)
+    check_artefact_of(("--kv", "fast-kvzip"), needed, path, "--kv-gates", FORM)
 
 
 def with_gates(model: LanguageModel, path: Path | None) -> LanguageModel:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popjax.cli.artefacts import check_artefact
+from popjax.cli.artefacts import check_artefact_of
 from popjax.cli.terminal import Status, say, write
 
 if TYPE_CHECKING:
@@ -32,14 +32,7 @@ def check_scout(methods: list[Method], path: Path | None) -> None:
     from popjax.scouts import FORM
 
     needed = any(isinstance(method, Scout) for method in methods)
-    if needed and path is None:
-        raise typer.BadParameter(
-            f"scout needs --scout FILE: write one with {FORM.command}",
-            param_hint="--method",
-        )
-    if path is not None and not needed:
-        raise typer.BadParameter("it is of --method scout: name that", param_hint="--scout")
-    check_artefact(path, "--scout", FORM)
+    check_artefact_of(("--method", "scout"), needed, path, "--scout", FORM)
 
 
 def with_scout(model: LanguageModel, path: Path | None) -> LanguageModel:
@@ -78,7 +71,6 @@ def calibrate_scout(
     from popjax.scouts import check_model, make_scouts, save_scouts, scout_bytes, with_scouts
 
     check_model(model.config)
-
     if model.config.num_layers < 3 and not ends:
         raise ValueError(
             f"a scout leaves the first and the last layer whole, and {model.name} has "

@@ -23,12 +23,23 @@
 namespace popjax {
 namespace {
 
-// Runs body(first, end) over pieces of the channels that suit independent rows.
+// Runs body(first, end) over pieces of the channels that suit independent rows; where only `share`
+// of them are read, over fewer, since the first rows of a piece are waited for.
 template <typename Body>
-void over_channels(const Call& call, Team& team, const Body& body) {
-  const int64_t step = rows_a_piece(call.channels, call.width);
+void over_channels(const Call& call, double share, Team& team, const Body& body) {
+  const int64_t whole = rows_a_piece(call.channels, call.width);
+  const auto enough = static_cast<int64_t>(PartialSums::kLeastRows / std::max(share, 0.01));
+  const int64_t step = std::max(whole, std::min(enough, call.channels / 4) / 4 * 4);
   team.run((call.channels + step - 1) / step,
            [&](int64_t piece) { body(piece * step, std::min((piece + 1) * step, call.channels)); });
+}
+
+// The share of the channels that is read where each vector chooses `count` of the candidates; all
+// where thresholds choose, since how many that will be is not known.
+double share_of(const Call& call, int64_t count) {
+  if (call.threshold != nullptr) return 1;
+  const int64_t read = call.channels - call.size + count * call.mask_rows();
+  return std::min(1.0, static_cast<double>(read) / static_cast<double>(call.channels));
 }
 
 // Dot products of rows `rows` with every vector, [rows, N].
@@ -42,17 +53,16 @@ std::vector<float> dots(const W& w, const std::vector<int64_t>& rows, const floa
 // h [F, N] = act(gate) * up where a channel is in use, or with gate_only the activated gate alone.
 template <typename W>
 void evaluate(const Call& call, const W& gate, const W& up, const float* x, bool gate_only,
-              float* h, Team& team) {
+              float* h, Team& team, double share = 1) {
   const int64_t n = call.vectors;
-  over_channels(call, team, [&](int64_t first, int64_t end) {
+  over_channels(call, share, team, [&](int64_t first, int64_t end) {
     const auto rows = used_rows(call, first, end);
-    const auto g = dots(gate, rows, x, n);
+    auto a = dots(gate, rows, x, n);
     const auto u = gate_only ? std::vector<float>() : dots(up, rows, x, n);
+    activate(call.activation, a.size(), gate_only ? nullptr : u.data(), a.data());
     for (size_t i = 0; i < rows.size(); ++i) {
       for (int64_t v = 0; v < n; ++v) {
-        if (!call.mask_of(v)[rows[i]]) continue;
-        const float a = activated(g[i * n + v], call.activation);
-        h[rows[i] * n + v] = gate_only ? a : a * u[i * n + v];
+        if (call.mask_of(v)[rows[i]]) h[rows[i] * n + v] = a[i * n + v];
       }
     }
   });
@@ -62,7 +72,7 @@ void evaluate(const Call& call, const W& gate, const W& up, const float* x, bool
 template <typename U>
 void multiply_up(const Call& call, const U& up, const float* x, float* h, Team& team) {
   const int64_t n = call.vectors;
-  over_channels(call, team, [&](int64_t first, int64_t end) {
+  over_channels(call, share_of(call, call.keep), team, [&](int64_t first, int64_t end) {
     const auto rows = used_rows(call, first, end);
     const auto u = dots(up, rows, x, n);
     for (size_t i = 0; i < rows.size(); ++i) {
@@ -97,7 +107,7 @@ void refine(const Call& call, const W& gate, const W& up, const float* x,
   best(call, scores, mask.data(), team);
   Call inner = call;
   inner.mask = mask.data();
-  evaluate(inner, gate, up, x, false, h, team);
+  evaluate(inner, gate, up, x, false, h, team, share_of(call, call.exact));
 }
 
 // With `foretold`, h [F, N] is there already, a scout's.
@@ -124,6 +134,22 @@ void mlp(const Call& call, const W& gate, const W& up, const W& down, const floa
   project(call, down, h, y, team);
 }
 
+// The candidates of a call, none where they are all channels in their order.
+ffi::Error read_candidates(const ffi::AnyBuffer& candidate, Call& call) {
+  const auto* index = static_cast<const int32_t*>(candidate.untyped_data());
+  if (call.size == call.channels && counts_up(index, call.size)) return ffi::Error::Success();
+  call.candidates.assign(index, index + call.size);
+  std::vector<uint8_t> seen(call.channels);
+  for (const int64_t c : call.candidates) {
+    if (c < 0 || c >= call.channels) {
+      return invalid("candidate " + std::to_string(c) + " is outside 0.." +
+                     std::to_string(call.channels - 1));
+    }
+    if (seen[c]++) return invalid("candidate " + std::to_string(c) + " is named twice");
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error read_call(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
                      const ffi::AnyBuffer& candidate, const ffi::AnyBuffer& weight,
                      const ffi::AnyBuffer& threshold, const ffi::AnyBuffer& given,
@@ -136,16 +162,8 @@ ffi::Error read_call(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
   call.mask = static_cast<uint8_t*>(mask.untyped_data());
   call.shared = dim(mask, 0) == 1;
   const int64_t size = candidate.element_count();
-  const auto* index = static_cast<const int32_t*>(candidate.untyped_data());
-  call.candidates.assign(index, index + size);
-  std::vector<uint8_t> seen(call.channels);
-  for (const int64_t c : call.candidates) {
-    if (c < 0 || c >= call.channels) {
-      return invalid("candidate " + std::to_string(c) + " is outside 0.." +
-                     std::to_string(call.channels - 1));
-    }
-    if (seen[c]++) return invalid("candidate " + std::to_string(c) + " is named twice");
-  }
+  call.size = size;
+  if (auto error = read_candidates(candidate, call); error.failure()) return error;
   for (const auto* each : {&weight, &threshold, &expected}) {
     const int64_t count = each->element_count();
     if (each->element_type() != ffi::F32 || (count != 0 && count != size)) {

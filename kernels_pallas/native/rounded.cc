@@ -133,7 +133,7 @@ POPJAX_VNNI inline __m512i lane_scales(int64_t shift) {
 
 // sums[r] += row r . x in the `here` numbers from `at` on: four blocks, 64 bytes of a row, or fewer
 // at its end, which masks tell. The same place of the rows `next` is asked for meanwhile.
-template <int R>
+template <int R, bool Whole>
 POPJAX_VNNI POPJAX_INLINE void step_vnni(const Stored* rows, const Stored* next,
                                          const RoundedVectors::Vector& x, int64_t at, int64_t here,
                                          __m512i places, __m512* sums) {
@@ -148,8 +148,9 @@ POPJAX_VNNI POPJAX_INLINE void step_vnni(const Stored* rows, const Stored* next,
   POPJAX_UNROLL
   for (int r = 0; r < R; ++r) {
     __builtin_prefetch(next[r].data + at / 2, 0, 2);
-    if (at % (16 << shift) == 0) __builtin_prefetch(next[r].scales + (at >> shift), 0, 2);
-    const __m512i pairs = _mm512_maskz_loadu_epi8(bytes, rows[r].data + at / 2);
+    if ((at & ((16 << shift) - 1)) == 0) __builtin_prefetch(next[r].scales + (at >> shift), 0, 2);
+    const __m512i pairs = Whole ? _mm512_loadu_si512(rows[r].data + at / 2)
+                                : _mm512_maskz_loadu_epi8(bytes, rows[r].data + at / 2);
     __m512i whole = _mm512_dpbusd_epi32(offsets, _mm512_and_si512(pairs, nibble), low);
     whole = _mm512_dpbusd_epi32(whole, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble), high);
     const __m128 held = _mm_maskz_loadu_ps(few, rows[r].scales + (at >> shift));
@@ -174,9 +175,9 @@ POPJAX_VNNI POPJAX_INLINE void rows_vnni(const RoundedInt4Rows& w, const int64_t
     for (auto& sum : sums) sum = _mm512_setzero_ps();
     int64_t at = 0;
     for (; at + kStep <= w.rows.width; at += kStep) {
-      step_vnni<R>(held, ahead, x, at, kStep, places, sums);
+      step_vnni<R, true>(held, ahead, x, at, kStep, places, sums);
     }
-    if (at < w.rows.width) step_vnni<R>(held, ahead, x, at, w.rows.width - at, places, sums);
+    if (at < w.rows.width) step_vnni<R, false>(held, ahead, x, at, w.rows.width - at, places, sums);
     add_up<16, R>(sums, out + v * vector_stride, row_stride);
   }
 }

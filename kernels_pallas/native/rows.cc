@@ -14,6 +14,9 @@ constexpr int kVectors = 4;  // vectors worked at once
 // asked for meanwhile, since hardware does not foresee a jump. For one vector, rows that follow
 // each other are worked one by one: a single stream of memory is what hardware fetches ahead best.
 constexpr int kRows = 4;
+// Bytes of rows between those worked and those asked for: where rows are short, four are too few to
+// keep memory busy (measured: rows of 1,152 bytes are read 1.13 times faster at three groups).
+constexpr int64_t kAheadBytes = 16384, kMostGroups = 4;
 // Columns of the sums worked at once for several vectors: those of sixteen fit the first cache.
 constexpr int64_t kTile = 256;
 
@@ -139,25 +142,33 @@ POPJAX_INLINE void add_vectors(const W& w, const int64_t* rows, const int64_t* n
 }
 
 // Cuts a list of rows into groups: body.together(i, next) works kRows of them from i on, asking for
-// the rows at `next`: those of `ahead` if given; body.single(i) works one, and body.first() asks
-// for the first ones, all at once.
+// the rows at `next`: those of `ahead` if given; body.single(i) works one, and body.first(count)
+// asks for the first ones, all at once.
 template <typename Body>
 POPJAX_INLINE void in_groups(const int64_t* rows, const int64_t* ahead, int64_t count,
                              int64_t vectors, const Body& body) {
-  const int64_t last = count - kRows;
+  const int64_t last = count - kRows, distance = body.groups_ahead() * kRows;
   const bool stream = vectors == 1 && count > 0 && rows[count - 1] - rows[0] == count - 1;
   int64_t i = 0;
-  if (last >= 0 && !stream && ahead == nullptr) body.first();
+  if (last >= 0 && !stream && ahead == nullptr) body.first(std::min(distance, count));
   for (; i <= last && !stream; i += kRows) {
-    body.together(i, ahead != nullptr ? ahead + i : rows + std::min(i + kRows, last));
+    body.together(i, ahead != nullptr ? ahead + i : rows + std::min(i + distance, last));
   }
   for (; i < count; ++i) body.single(i);
 }
 
-// Asks for columns of the first kRows of a list, on their way all at once.
+// Groups of kRows between the rows worked and those asked for.
 template <typename W>
-POPJAX_INLINE void ask_for_first(const W& w, const int64_t* rows, Columns columns) {
-  for (int r = 0; r < kRows; ++r) {
+POPJAX_INLINE int64_t groups_ahead(const W& w) {
+  const int64_t bytes =
+      static_cast<const char*>(w.place(1, 0)) - static_cast<const char*>(w.place(0, 0));
+  return std::clamp<int64_t>(kAheadBytes / (kRows * std::max<int64_t>(bytes, 1)), 1, kMostGroups);
+}
+
+// Asks for columns of the first `count` rows of a list, on their way all at once.
+template <typename W>
+POPJAX_INLINE void ask_for_first(const W& w, const int64_t* rows, int64_t count, Columns columns) {
+  for (int64_t r = 0; r < count; ++r) {
     for (int64_t d = columns.first; d < columns.end; d += kLanes) {
       ask_for<Ahead::kRows>(w.place(rows[r], d));
     }
@@ -173,7 +184,8 @@ struct Dots {
   float* out;
   int64_t row_stride, vector_stride;
 
-  POPJAX_INLINE void first() const { ask_for_first(w, rows, {0, w.width}); }
+  POPJAX_INLINE int64_t groups_ahead() const { return popjax::groups_ahead(w); }
+  POPJAX_INLINE void first(int64_t count) const { ask_for_first(w, rows, count, {0, w.width}); }
   POPJAX_INLINE void together(int64_t i, const int64_t* next) const {
     dot_vectors<N, kRows, Ahead::kRows>(w, rows + i, next, x, vectors, out + i * row_stride,
                                         row_stride, vector_stride);
@@ -193,7 +205,8 @@ struct Sums {
   Columns columns;
   float* y;
 
-  POPJAX_INLINE void first() const { ask_for_first(w, rows, columns); }
+  POPJAX_INLINE int64_t groups_ahead() const { return popjax::groups_ahead(w); }
+  POPJAX_INLINE void first(int64_t count) const { ask_for_first(w, rows, count, columns); }
   POPJAX_INLINE void together(int64_t i, const int64_t* next) const {
     add_vectors<N, kRows, Ahead::kRows>(w, rows + i, next, h + i * row_stride, row_stride,
                                         vector_stride, vectors, columns, y);

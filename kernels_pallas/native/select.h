@@ -19,10 +19,20 @@ class Ranking {
   Ranking(const float* scores, int64_t size, const uint8_t* among = nullptr)
       : size_(size), most_(size), keys_((size + kLanes - 1) / kLanes * kLanes, kNever) {
     std::memcpy(keys_.data(), scores, size * sizeof(float));
-    for (int64_t i = 0; i < size; ++i) {
-      keys_[i] = among != nullptr && !among[i] ? kNever : keys_[i] & 0x7fffffff;
-      most_ -= keys_[i] == kNever;
-    }
+    versioned([&](auto n) __attribute__((always_inline)) {
+      using Keys = Vector<int32_t, n>;
+      int64_t i = 0;
+      for (; i + n <= size; i += n) {
+        Keys keys = loaded<Keys>(keys_.data() + i) & 0x7fffffff;
+        // What is not among them gets all bits, which is kNever.
+        if (among != nullptr) keys |= widened<n>(among + i) == 0;
+        std::memcpy(keys_.data() + i, &keys, sizeof(keys));
+      }
+      for (; i < size; ++i) {
+        keys_[i] = among != nullptr && !among[i] ? kNever : keys_[i] & 0x7fffffff;
+      }
+    });
+    if (among != nullptr) most_ = at_least(0);
   }
 
   // chosen[i] = 1 for exactly `keep` of the scores, or for as many as there are.
@@ -36,6 +46,7 @@ class Ranking {
       const int64_t now = at_least(limit | bit);
       if (now >= keep) limit |= bit, reached = now;
     }
+    if (reached == keep) return mark(limit, chosen);
     int64_t room = keep - (limit < INT32_MAX ? at_least(limit + 1) : 0);
     for (int64_t i = 0; i < size_; ++i) {
       chosen[i] = keys_[i] > limit || (keys_[i] == limit && room-- > 0);
@@ -44,6 +55,19 @@ class Ranking {
 
  private:
   static constexpr int32_t kNever = -1;
+
+  // chosen[i] = 1 where a key is no less than `limit`.
+  void mark(int32_t limit, uint8_t* chosen) const {
+    versioned([&](auto n) __attribute__((always_inline)) {
+      int64_t i = 0;
+      for (; i + n <= size_; i += n) {
+        const auto reaches = loaded<Vector<int32_t, n>>(keys_.data() + i) >= limit;
+        const auto bytes = __builtin_convertvector(reaches & 1, Vector<uint8_t, n>);
+        std::memcpy(chosen + i, &bytes, sizeof(bytes));
+      }
+      for (; i < size_; ++i) chosen[i] = keys_[i] >= limit;
+    });
+  }
 
   // How many keys are no less than `limit`.
   int64_t at_least(int32_t limit) const {

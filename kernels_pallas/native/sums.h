@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "native/isa.h"
+#include "native/rows.h"
 #include "native/team.h"
 
 namespace popjax {
@@ -48,13 +50,25 @@ class PartialSums {
       const int64_t first = block * kStep, end = std::min(first + kStep, size);
       std::copy(sums_.get() + first, sums_.get() + end, y + first);
       for (int64_t piece = 1; piece < pieces_; ++piece) {
-        const float* sums = sums_.get() + piece * size;
-        for (int64_t i = first; i < end; ++i) y[i] += sums[i];
+        add(sums_.get() + piece * size + first, y + first, end - first);
       }
     });
   }
 
  private:
+  // y[i] += x[i] for i below `size`.
+  static void add(const float* x, float* y, int64_t size) {
+    versioned([&](auto n) __attribute__((always_inline)) {
+      const int64_t whole = size / kLanes * kLanes;
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        auto sums = Lanes<n>::load(y + i);
+        sums.add_product(Lanes<n>::load(x + i), 1.0f);
+        sums.store(y + i);
+      }
+      for (int64_t i = whole; i < size; ++i) y[i] += x[i];
+    });
+  }
+
   int64_t rows_, pieces_, vectors_, width_;
   std::unique_ptr<float[]> sums_;
 };

@@ -69,6 +69,8 @@ class Team {
   // Runs piece(0) .. piece(count - 1), each once, and returns when all are done.
   void run(int64_t count, std::function<void(int64_t)> piece) {
     if (count <= 0) return;
+    // What the caller has in its cache need not travel to a helper.
+    if (count == 1) return piece(0);
     const uint64_t phase = ++phase_;
     Phase& slot = work_->phases[phase % kSlots];
     slot.piece = std::move(piece);

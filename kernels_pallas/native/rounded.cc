@@ -131,15 +131,20 @@ POPJAX_VNNI inline __m512i lane_scales(int64_t shift) {
   return _mm512_srl_epi32(lanes, _mm_cvtsi64_si128(std::min<int64_t>(shift - 5, 2)));
 }
 
+// Rows between those worked and those asked for: short as they are, four would come too late.
+constexpr int64_t kAhead = 16;
+
 // sums[r] += row r . x in the `here` numbers from `at` on: four blocks, 64 bytes of a row, or fewer
-// at its end, which masks tell. The same place of the rows `next` is asked for meanwhile.
+// at its end, which masks tell. What lies kAhead rows further on is asked for meanwhile, since
+// scouts are read whole: addresses of listed rows would need more registers than there are.
 template <int R, bool Whole>
-POPJAX_VNNI POPJAX_INLINE void step_vnni(const Stored* rows, const Stored* next,
-                                         const RoundedVectors::Vector& x, int64_t at, int64_t here,
-                                         __m512i places, __m512* sums) {
+POPJAX_VNNI POPJAX_INLINE void step_vnni(const Stored* rows, const RoundedVectors::Vector& x,
+                                         int64_t at, int64_t here, __m512i places, __m512* sums) {
   const __m512i nibble = _mm512_set1_epi8(15);
   const __mmask64 bytes = ~uint64_t{0} >> (64 - here / 2);
   const int64_t shift = rows[0].shift, groups = (here + (int64_t{1} << shift) - 1) >> shift;
+  const int64_t group = at >> shift, ahead = kAhead * rows[0].width;
+  const bool new_line = (at & ((16 << shift) - 1)) == 0;  // of scales
   const auto few = static_cast<__mmask8>((1 << groups) - 1);
   const __m512i low = _mm512_loadu_si512(x.low + at / 2);
   const __m512i high = _mm512_loadu_si512(x.high + at / 2);
@@ -147,13 +152,14 @@ POPJAX_VNNI POPJAX_INLINE void step_vnni(const Stored* rows, const Stored* next,
   const __m512 of_x = _mm512_loadu_ps(x.scales + at / 8);
   POPJAX_UNROLL
   for (int r = 0; r < R; ++r) {
-    __builtin_prefetch(next[r].data + at / 2, 0, 2);
-    if ((at & ((16 << shift) - 1)) == 0) __builtin_prefetch(next[r].scales + (at >> shift), 0, 2);
-    const __m512i pairs = Whole ? _mm512_loadu_si512(rows[r].data + at / 2)
-                                : _mm512_maskz_loadu_epi8(bytes, rows[r].data + at / 2);
+    const uint8_t* data = rows[r].data + at / 2;
+    const float* scale = rows[r].scales + group;
+    __builtin_prefetch(data + ahead / 2, 0, 2);
+    if (new_line) __builtin_prefetch(scale + (ahead >> shift), 0, 2);
+    const __m512i pairs = Whole ? _mm512_loadu_si512(data) : _mm512_maskz_loadu_epi8(bytes, data);
     __m512i whole = _mm512_dpbusd_epi32(offsets, _mm512_and_si512(pairs, nibble), low);
     whole = _mm512_dpbusd_epi32(whole, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble), high);
-    const __m128 held = _mm_maskz_loadu_ps(few, rows[r].scales + (at >> shift));
+    const __m128 held = _mm_maskz_loadu_ps(few, scale);
     const __m512 scales = _mm512_permutexvar_ps(places, _mm512_castps128_ps512(held));
     sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(scales, of_x), sums[r]);
   }
@@ -162,41 +168,38 @@ POPJAX_VNNI POPJAX_INLINE void step_vnni(const Stored* rows, const Stored* next,
 // out[r * row_stride + v * vector_stride] = row rows[r] . x[v], for R rows.
 template <int R>
 POPJAX_VNNI POPJAX_INLINE void rows_vnni(const RoundedInt4Rows& w, const int64_t* rows,
-                                         const int64_t* next, int64_t vectors, __m512i places,
-                                         float* out, int64_t row_stride, int64_t vector_stride) {
-  Stored held[R], ahead[R];
-  for (int r = 0; r < R; ++r) {
-    held[r] = Stored(w.rows, rows[r]);
-    ahead[r] = Stored(w.rows, next[r]);
-  }
+                                         int64_t vectors, __m512i places, float* out,
+                                         int64_t row_stride, int64_t vector_stride) {
+  Stored held[R];
+  for (int r = 0; r < R; ++r) held[r] = Stored(w.rows, rows[r]);
   for (int64_t v = 0; v < vectors; ++v) {
     const RoundedVectors::Vector x = w.x->of(v);
     __m512 sums[R];
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    POPJAX_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
     int64_t at = 0;
     for (; at + kStep <= w.rows.width; at += kStep) {
-      step_vnni<R, true>(held, ahead, x, at, kStep, places, sums);
+      step_vnni<R, true>(held, x, at, kStep, places, sums);
     }
-    if (at < w.rows.width) step_vnni<R, false>(held, ahead, x, at, w.rows.width - at, places, sums);
-    add_up<16, R>(sums, out + v * vector_stride, row_stride);
+    if (at < w.rows.width) step_vnni<R, false>(held, x, at, w.rows.width - at, places, sums);
+    // Stored once, so that they stay in registers until here.
+    float parts[R * 16];
+    POPJAX_UNROLL
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(parts + r * 16, sums[r]);
+    add_up<16, R>(parts, out + v * vector_stride, row_stride);
   }
 }
 
 POPJAX_VNNI void dots_vnni(const RoundedInt4Rows& w, const int64_t* rows, int64_t count,
                            int64_t vectors, float* out, int64_t row_stride, int64_t vector_stride) {
   constexpr int kRows = 4;  // worked at once, so that their sums are folded together
-  // Rows between those worked and those asked for: short as they are, four would come too late.
-  constexpr int64_t kAhead = 4 * kRows;
   const __m512i places = lane_scales(w.rows.group_shift);
   int64_t i = 0;
   for (; i + kRows <= count; i += kRows) {
-    const int64_t* next = rows + std::min(i + kAhead, count - kRows);
-    rows_vnni<kRows>(w, rows + i, next, vectors, places, out + i * row_stride, row_stride,
-                     vector_stride);
+    rows_vnni<kRows>(w, rows + i, vectors, places, out + i * row_stride, row_stride, vector_stride);
   }
   for (; i < count; ++i) {
-    rows_vnni<1>(w, rows + i, rows + i, vectors, places, out + i * row_stride, row_stride,
-                 vector_stride);
+    rows_vnni<1>(w, rows + i, vectors, places, out + i * row_stride, row_stride, vector_stride);
   }
 }
 

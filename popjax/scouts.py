@@ -2,6 +2,7 @@
 
 A scout says what every channel would be for a token before a row of the weights is read. It is
 arrays of an FFN's parameters, there only where it was added, so models without know nothing of it.
+Copies of twice the bits in half of the layers hold no more than copies of all.
 Quantised to the nearest step, or by what the model reads on a text so that errors make up for each
 other; leaves out who chooses by it (`methods/scout.py`).
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def needed(mlp: Params) -> tuple[QuantizedRows, QuantizedRows]:
         raise ValueError(
             "scout needs a scout beside the weights of every layer that it prunes: "
             "popjax.scouts.with_scouts(params, make_scouts(params, config)), with ends=True where "
-            "the first and last layer are pruned too (popjax calibrate scout --ends pruned)"
+            "the first and last layer are pruned too (popjax calibrate scout --ends pruned), and "
+            "the same `copied` as the method's"
         )
     gate, up = (
         QuantizedRows(
@@ -60,12 +63,28 @@ def needed(mlp: Params) -> tuple[QuantizedRows, QuantizedRows]:
     return gate, up
 
 
+def held_form(params: Params, num_layers: int) -> tuple[tuple[int, ...], int, int]:
+    """The layers whose parameters hold copies, and the bits and group of the first of these.
+
+    Raises ValueError where none do.
+    """
+    mlps = [params[f"layer_{i}"].get("mlp", {}) for i in range(num_layers)]
+    held = tuple(i for i, mlp in enumerate(mlps) if "scout_up" in mlp)
+    if not held:
+        raise ValueError("no layer has a scout beside its weights: give popjax.scouts.with_scouts")
+    return held, *_form(mlps[held[0]])
+
+
+def _form(mlp: Params) -> tuple[int, int]:
+    copy = QuantizedRows(_rows(mlp["scout_up"]), _rows(mlp["scout_up_scale"]))
+    return copy.bits, copy.shape[1] // copy.scales.shape[1]
+
+
 def check_form(mlp: Params, bits: int, group: int) -> None:
     """Raise ValueError where an FFN's parameters hold a scout of other bits or groups."""
     if "scout_up" not in mlp:
         return
-    held = QuantizedRows(_rows(mlp["scout_up"]), _rows(mlp["scout_up_scale"]))
-    found = held.bits, held.shape[1] // held.scales.shape[1]
+    found = _form(mlp)
     if found != (bits, group):
         raise ValueError(
             f"the scout beside the weights has {found[0]} bits in groups of {found[1]}, and the "
@@ -79,6 +98,33 @@ def _rows(w: jax.Array) -> jax.Array:
     return w.reshape(w.shape[0], -1)
 
 
+def check_copied(copied: float) -> None:
+    """Raise ValueError unless `copied` is a share of the pruned layers, above 0 and up to 1."""
+    number = isinstance(copied, int | float) and not isinstance(copied, bool)
+    if not number or not 0 < copied <= 1:
+        raise ValueError(
+            f"copied {copied!r} is no share of the pruned layers: give one above 0 and up to 1"
+        )
+
+
+def copied_layers(num_layers: int, ends: bool, copied: float) -> tuple[int, ...]:
+    """The layers with copies: the share `copied` of all, or of the inner ones, spread evenly.
+
+    Rounded down to whole layers, so that no more is held than asked for. Raises ValueError for a
+    share outside (0, 1], or one of less than a layer.
+    """
+    check_copied(copied)
+    pruned = range(num_layers) if ends else range(1, num_layers - 1)
+    # A share made of two whole numbers may lie a rounding below what it stands for.
+    count = math.floor(copied * len(pruned) + 1e-6)
+    if copied < 1 and count < 1:
+        raise ValueError(
+            f"copied {copied} of {len(pruned)} pruned layers is less than one layer: give "
+            f"{1 / max(1, len(pruned)):.2g} or more"
+        )
+    return tuple(pruned[(2 * i + 1) * len(pruned) // (2 * count)] for i in range(count))
+
+
 def make_scouts(
     params: Params,
     config: ModelConfig,
@@ -86,23 +132,25 @@ def make_scouts(
     group: int = GROUP,
     ends: bool = False,
     moments: Sequence[np.ndarray] | None = None,
+    copied: float = 1.0,
 ) -> Scouts:
     """Copies of each layer's gate and up in `bits` (4 or 8), a scale each `group` of weights.
 
-    Without `ends` none of the first and last layer, which `Scout` leaves whole unless told. Scales
-    are in the dtype of the weights. moments: of each layer the second moments [D, D] of its FFN's
-    input (`popjax.calibration.input_moments`); with them errors of rounding make up for each other
-    (GPTQ, arXiv 2210.17323), which halves what they do to the channels. Raises ValueError for a
+    Without `ends` none of the first and last layer, which `Scout` leaves whole unless told; of the
+    others the share `copied` has them (`copied_layers`). Scales are in the dtype of the weights.
+    moments: of each layer the second moments [D, D] of its FFN's input
+    (`popjax.calibration.input_moments`); with them errors of rounding make up for each other (GPTQ,
+    arXiv 2210.17323), which halves what they do to the channels. Raises ValueError for a
     model without gated FFNs, bits and groups that its rows do not allow, or moments of another one.
     """
     check_model(config)
     if moments is not None:
         check_layers(params, "moments", moments)
+    held = copied_layers(config.num_layers, ends, copied)
     scouts = []
     for i, layer in enumerate(config.layers):
         scout = {}
-        pruned = ends or 0 < i < config.num_layers - 1
-        for name in MATRICES if pruned else ():
+        for name in MATRICES if i in held else ():
             w = params[f"layer_{i}"][layer.ffn][name]
             if moments is None:
                 copy = _quantized(_rows(w), bits, group)
@@ -194,14 +242,15 @@ def load_scouts(path: str | os.PathLike[str], params: Params, config: ModelConfi
     """
     words = ("a scout", "run popjax calibrate scout for it")
     arrays = load_artefact(path, FORM, params, config, words)
-    inner = range(1, config.num_layers - 1)
-    held = range(config.num_layers) if "layer_0/scout_up" in arrays else inner
+    ends, copied = _pattern(arrays, config.num_layers)
+    held = copied_layers(config.num_layers, ends, copied)
     wanted = {f"layer_{i}/{name}" for i in held for name in names()}
-    if odd := sorted(wanted ^ set(arrays)):
+    if not held or (odd := sorted(wanted ^ set(arrays))):
+        shows = f", as {odd[0]!r} shows" if held else ": it has no copies"
         raise checkpoints.CheckpointError(
-            f"{path} is no scout of this model, as {odd[0]!r} shows: run popjax calibrate scout"
+            f"{path} is no scout of this model{shows}: run popjax calibrate scout"
         )
-    forms = _forms(path, arrays, held, params, config)
+    forms = _forms(path, arrays, held[0], params, config, ends=ends, copied=copied)
     for name, array in arrays.items():
         _check(path, name, array, forms[name])
     return tuple(
@@ -210,19 +259,38 @@ def load_scouts(path: str | os.PathLike[str], params: Params, config: ModelConfi
     )
 
 
+def _pattern(arrays: Mapping[str, Any], num_layers: int) -> tuple[bool, float]:
+    """`ends` and `copied` of a scout's arrays: those that fit, or what is nearest to them."""
+    held = tuple(i for i in range(num_layers) if f"layer_{i}/scout_up" in arrays)
+    for ends in (False, True):
+        if (copied := share_of(held, num_layers, ends)) is not None:
+            return ends, copied
+    return "layer_0/scout_up" in arrays, 1.0
+
+
+def share_of(held: Sequence[int], num_layers: int, ends: bool) -> float | None:
+    """The share of the pruned layers whose `copied_layers` are those held; None where none is."""
+    pruned = num_layers if ends else num_layers - 2
+    if not 0 < len(held) <= pruned:
+        return None
+    copied = len(held) / pruned
+    return copied if copied_layers(num_layers, ends, copied) == tuple(held) else None
+
+
 def _forms(
     path: str | os.PathLike[str],
     arrays: dict[str, np.ndarray],
-    held: range,
+    first: int,
     params: Params,
     config: ModelConfig,
+    **layers: Any,
 ) -> dict[str, Any]:
     """Shape and dtype of every array of a scout with the bits and groups of its first layer."""
-    name = f"layer_{held[0]}/scout_up"
+    name = f"layer_{first}/scout_up"
     scale = arrays[f"{name}_scale"]
     bits = 8 if arrays[name].dtype == np.int8 else 4
     group = config.embed_dim // max(1, *scale.shape[1:])
-    make = functools.partial(make_scouts, config=config, bits=bits, group=group, ends=held[0] == 0)
+    make = functools.partial(make_scouts, config=config, bits=bits, group=group, **layers)
     try:
         scouts = jax.eval_shape(make, params)
     except ValueError as error:
@@ -249,16 +317,20 @@ def _check(path: str | os.PathLike[str], name: str, held: np.ndarray, form: Any)
 
 __all__ = [
     "Scouts",
+    "check_copied",
     "check_form",
     "check_model",
     "check_saved",
+    "copied_layers",
     "digest",
+    "held_form",
     "load_scouts",
     "make_scouts",
     "names",
     "needed",
     "save_scouts",
     "scout_bytes",
+    "share_of",
     "with_scouts",
     "without_scouts",
 ]

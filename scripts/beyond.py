@@ -6,7 +6,8 @@ Each window's prefix is prefilled, and the tokens after it are scored as decode 
 method (`popjax.evaluation`). Prints a markdown table: what a step reads of the FFN's bytes, what
 each method loses to dense, and how much of online pruning's loss it saves. The text is the
 caller's: none is shipped. Scouts are made of the weights alone, or come from a file that
-`popjax calibrate scout --ends pruned --text OTHER.txt` wrote.
+`popjax calibrate scout --ends pruned --text OTHER.txt` wrote; copies of eight bits in half of the
+layers come from another file, made with `--bits 8 --copied 0.5` and no `--ends`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from popjax.scouts import Scouts, load_scouts, make_scouts, with_scouts
 from scripts.quality import loaded_windows, progress, window_parser, write_json
 
 FAITHFUL = "online-pruning"
+# Has copies of its own, and is left out where it does not fit: from ratios of about 0.5 on.
+HALF = "scout, eight bits in half the layers"
+HALF_FORM = {"bits": 8, "copied": 0.5}
 
 
 def cases(ratio: float) -> dict[str, Method]:
@@ -40,7 +44,18 @@ def cases(ratio: float) -> dict[str, Method]:
         "scout": Scout(ratio),
         "scout, all layers alike": Scout(ratio, ends="pruned"),
         "scout, none as foretold": Scout(ratio, rest="off"),
+        HALF: Scout(ratio, **HALF_FORM),
     }
+
+
+def fits(method: Method, config: ModelConfig) -> bool:
+    """Whether the model can be pruned so; if not, says why."""
+    try:
+        method.for_model(config)
+    except ValueError as error:
+        print(f"left out: {error}")
+        return False
+    return True
 
 
 def share_read(method: Method, config: ModelConfig) -> float:
@@ -99,15 +114,25 @@ def measure(
     prefix: int,
     ratios: Sequence[float],
     names: Sequence[str],
-    scouts: Scouts,
+    scouts: dict[str, Scouts],
 ) -> list[Row]:
-    """Online pruning and the methods named, at every ratio; all see a window before the next."""
+    """Online pruning and the methods named, at every ratio; all see a window before the next.
+
+    scouts: by the name of a method, under "scout" what those have that are not named.
+    """
     chosen = dict.fromkeys([FAITHFUL, *names])
-    wanted = {(name, r): cases(r)[name] for r in ratios for name in chosen}
-    # Methods without a scout are as they were: it lies beside the weights.
-    scouted = dataclasses.replace(model, params=with_scouts(model.params, scouts))
-    named = {DENSE: Case()} | {key: Case(method=method) for key, method in wanted.items()}
-    losses = paired_losses(scouted, windows, prefix, named, progress(len(windows)))
+    pairs = {(name, r): cases(r)[name] for r in ratios for name in chosen}
+    wanted = {key: method for key, method in pairs.items() if fits(method, model.config)}
+    losses: dict[Any, tuple[float, ...]] = {}
+    for kind, held in scouts.items():
+        keys = [key for key in wanted if (key[0] if key[0] in scouts else "scout") == kind]
+        named = {key: Case(method=wanted[key]) for key in keys}
+        if kind == "scout":
+            named |= {DENSE: Case()}
+        if named:
+            # Methods without a scout are as they were: it lies beside the weights.
+            scouted = dataclasses.replace(model, params=with_scouts(model.params, held))
+            losses |= paired_losses(scouted, windows, prefix, named, progress(len(windows)))
     dense = losses[DENSE]
     return [
         Row(name, r, share_read(method, model.config), losses[name, r], dense, losses[FAITHFUL, r])
@@ -128,12 +153,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = list(cases(0.5))
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME")
     parser.add_argument("--scout", type=Path, help="scout with copies of all layers")
+    parser.add_argument("--half-scout", type=Path, help="the one of eight bits in half the layers")
     asked = parser.parse_args(argv)
     model, windows, count = loaded_windows(asked)
-    if asked.scout is None:
-        scouts = make_scouts(model.params, model.config, ends=True)
-    else:
-        scouts = load_scouts(asked.scout, model.params, model.config)
+    own = {"scout": (asked.scout, {"ends": True}), HALF: (asked.half_scout, HALF_FORM)}
+    if HALF not in asked.methods:
+        del own[HALF]
+    scouts = {
+        name: make_scouts(model.params, model.config, **form)
+        if path is None
+        else load_scouts(path, model.params, model.config)
+        for name, (path, form) in own.items()
+    }
     rows = measure(model, windows, asked.prefix, asked.ratios, asked.methods, scouts)
     protocol = (
         f"{model.name}, {asked.windows} windows spread over {count} tokens: prefix of "

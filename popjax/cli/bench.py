@@ -129,7 +129,6 @@ def bench(
     }
     pruning = {} if alone else _pruning(method, ratio, own)
     scout_options.check_scout(list(pruning.values()), scout)
-    cases = _cases(pruning, shallow, eviction)
     scoring = frontier_options.chosen(text, figure, windows, prefix, scored)
     for file, option in ((csv, "--csv"), (figure, "--figure")):
         check_writable(file, option, new=True)
@@ -138,6 +137,8 @@ def bench(
     given = _given(prompt, prompt_file, prompt_tokens)
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
+    pruning = {name: scout_options.fitted(one, loaded) for name, one in pruning.items()}
+    cases = _cases(pruning, shallow, eviction)
     loaded = gate_options.with_gates(loaded, kv_gates)
     ids = loaded.encode(PASSAGE if given is None else given)[0]
     lengths = prompt_tokens or [256 if given is None else len(ids)]

@@ -9,7 +9,7 @@ import typer
 
 from popjax.cli import options
 from popjax.cli.out_files import check_writable
-from popjax.cli.scout_options import calibrate_scout, check_ends
+from popjax.cli.scout_options import calibrate_scout, scout_form
 from popjax.cli.terminal import Status, command, stdout_console, write
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 KINDS = {
     "prefill-pruning": ("text", "samples", "prompt_tokens", "max_new_tokens", "seed"),
     "channels": ("text", "samples", "prompt_tokens"),
-    "scout": ("text", "samples", "prompt_tokens", "ends"),
+    "scout": ("text", "samples", "prompt_tokens", "ends", "bits", "copied"),
 }
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 200, 256, 32
 What = Annotated[
     str,
     typer.Argument(
         help="prefill-pruning: how much each layer matters to prompt and reply. channels: what FFN "
-        "channels do on a text, for --statistics. scout: copies of gate and up in four bits, for "
+        "channels do on a text, for --statistics. scout: copies of gate and up in few bits, for "
         "--method scout, rounded by a text where one is given, and better for it."
     ),
 ]
@@ -51,6 +51,16 @@ Ends = Annotated[
         "which a run with --ends pruned needs; scout."
     ),
 ]
+Bits = Annotated[
+    int | None, typer.Option(help="4 or 8 (4): bits of a weight in the copies; scout.")
+]
+Copied = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the pruned layers that have copies (1), the others read gate and up whole: "
+        "with 8 bits 0.5 holds no more, and loses less at ratios up to 0.3; scout.",
+    ),
+]
 
 
 @command
@@ -68,6 +78,8 @@ def calibrate(
     max_new_tokens: NewTokens = None,
     seed: Seed = None,
     ends: Ends = None,
+    bits: Bits = None,
+    copied: Copied = None,
 ) -> None:
     """Measure a model on text, for `--layer-scores` (prefill-pruning) or `--statistics` (channels).
 
@@ -76,12 +88,13 @@ def calibrate(
     """
     given: dict[str, Any] = {"text": text, "samples": samples, "prompt_tokens": prompt_tokens}
     given |= {"max_new_tokens": max_new_tokens, "seed": seed, "ends": ends}
+    given |= {"bits": bits, "copied": copied}
     _check_kind(what, given)
     check_writable(out, "--out", new=True)
     choice = options.ModelChoice(model, revision, dtype, offline, check_tensors)
-    check_ends(ends)
+    form = scout_form(ends, bits, copied)
     if what == "scout" and text is None and samples is None and prompt_tokens is None:
-        calibrate_scout(choice.load(), out, ends == "pruned")
+        calibrate_scout(choice.load(), out, form)
         return
     if text is None:
         raise typer.BadParameter("prompts are cut from one: give --text", param_hint="--text")
@@ -93,7 +106,7 @@ def calibrate(
     prompts = cut(loaded.encode(words)[0], samples, length)
     about = f"{samples} prompts of {length} tokens of {text.name}"
     if what == "scout":
-        calibrate_scout(loaded, out, ends == "pruned", prompts, about)
+        calibrate_scout(loaded, out, form, prompts, about)
     elif what == "channels":
         write(f"{_channels(loaded, prompts, out, about)}\n")
     else:

@@ -82,6 +82,7 @@ def chat(
     )
     loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
     loaded = scout_options.with_scout(loaded, scout)
+    chosen = scout_options.fitted(chosen, loaded)
     loaded.encode("hello", chat=True)  # fails now, not after the first message, without a template
     say(f"{loaded.name}: {HELP}")
     limit = DEFAULT_REPLY if max_new_tokens is None else max_new_tokens

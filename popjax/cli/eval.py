@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,6 +117,7 @@ def evaluate(
     manager = _manager(named, include_path, offline) if named else None
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
+    cases = [replace(case, method=scout_options.fitted(case.method, loaded)) for case in cases]
     loaded = gate_options.with_gates(loaded, kv_gates)
     how = How(protocol, batch_size, max_length, limit, num_fewshot, chat)
     items = sum(len(task.items) for task in read) * len(cases) if manager is None else None

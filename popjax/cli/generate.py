@@ -116,6 +116,7 @@ def generate(
     text = options.read_prompt(prompt, prompt_file)
     loaded = options.ModelChoice(model, revision, dtype, offline, check_tensors).load()
     loaded = scout_options.with_scout(loaded, scout)
+    chosen = scout_options.fitted(chosen, loaded)
     loaded = gate_options.with_gates(loaded, kv_gates)
     wanted = {
         **sampling,

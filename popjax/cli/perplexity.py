@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -99,6 +100,7 @@ def perplexity(
     words = options.read_words(text, "--text")
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
+    cases = [replace(case, method=scout_options.fitted(case.method, loaded)) for case in cases]
     loaded = gate_options.with_gates(loaded, kv_gates)
     from popjax.evaluation.perplexity import windows_of
     from popjax.evaluation.run import How, evaluate_text

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,37 +45,81 @@ def with_scout(model: LanguageModel, path: Path | None) -> LanguageModel:
     return dataclasses.replace(model, params=with_scouts(model.params, scouts))
 
 
-def check_ends(ends: str | None) -> None:
-    """Wrong usage for anything that `Scout` does not take either."""
+def fitted(method: Method, model: LanguageModel) -> Method:
+    """The method; a `Scout` as the copies beside the model's weights are: which layers, which bits.
+
+    Wrong usage where they are those of another `--ends`.
+    """
+    from popjax.methods import Scout
+    from popjax.scouts import copied_layers, held_form, share_of
+
+    if not isinstance(method, Scout):
+        return method
+    layers, ends = model.config.num_layers, method.ends == "pruned"
+    held, bits, group = held_form(model.params, layers)
+    whole = set(copied_layers(layers, ends, 1.0)) <= set(held)
+    copied = 1.0 if whole else share_of(held, layers, ends)
+    if copied is None:
+        other = "dense" if ends else "pruned"
+        raise typer.BadParameter(
+            f"the scout has no copies of layers that --ends {method.ends} prunes: give --ends "
+            f"{other}, or make it with popjax calibrate scout --ends {method.ends}",
+            param_hint="--scout",
+        )
+    return dataclasses.replace(method, bits=bits, group=group, copied=copied)
+
+
+def scout_form(ends: str | None, bits: int | None, copied: float | None) -> dict[str, Any]:
+    """`ends`, `bits` and `copied` of `make_scouts`; wrong usage for what it does not take."""
     from popjax.methods.row_budgets import ENDS
+    from popjax.scouts import BITS, check_copied
 
     if ends is not None and ends not in ENDS:
         raise typer.BadParameter(
             f"ends {ends!r} is unknown: use one of {ENDS}", param_hint="--ends"
         )
+    if bits not in (None, 4, 8):
+        raise typer.BadParameter(f"bits {bits} are not offered: use 4 or 8", param_hint="--bits")
+    try:
+        check_copied(1.0 if copied is None else copied)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--copied") from error
+    return {
+        "ends": ends == "pruned",
+        "bits": BITS if bits is None else bits,
+        "copied": 1.0 if copied is None else copied,
+    }
 
 
 def calibrate_scout(
     model: LanguageModel,
     out: Path,
-    ends: bool = False,
+    form: Mapping[str, Any],
     prompts: Sequence[Sequence[int]] = (),
     about: str = "",
 ) -> None:
-    """Write the scout of a model, that of its first and last layer too with `ends`.
+    """Write the scout of a model in a form: `ends`, `bits` and `copied` of `make_scouts`.
 
     prompts: token ids that it is rounded by, none for rounding to nearest. Says what it holds.
     """
     from popjax.calibration.input_moments import input_moments
     from popjax.inspection import format_bytes
-    from popjax.scouts import check_model, make_scouts, save_scouts, scout_bytes, with_scouts
+    from popjax.scouts import (
+        check_model,
+        copied_layers,
+        make_scouts,
+        save_scouts,
+        scout_bytes,
+        with_scouts,
+    )
 
     check_model(model.config)
-    if model.config.num_layers < 3 and not ends:
+    if model.config.num_layers < 3 and not form["ends"]:
         raise ValueError(
             f"a scout leaves the first and the last layer whole, and {model.name} has "
             f"{model.config.num_layers}: it takes three layers or more, or --ends pruned"
         )
+    copied_layers(model.config.num_layers, form["ends"], form["copied"])  # or it is refused now
     with Status() as status:
         moments = None
         if prompts:
@@ -87,7 +131,7 @@ def calibrate_scout(
                 lambda done: status.say(f"Prompt {done} of {len(prompts)} done"),
             )
         status.say("Rounding gate and up")
-        scouts = make_scouts(model.params, model.config, ends=ends, moments=moments)
+        scouts = make_scouts(model.params, model.config, moments=moments, **form)
     path = save_scouts(out, scouts, model.params, model.config, about)
     held = scout_bytes(with_scouts(model.params, scouts))
     layers = [model.params[f"layer_{i}"]["mlp"] for i in range(model.config.num_layers)]

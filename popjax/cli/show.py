@@ -94,6 +94,7 @@ def show(
     picture.require_matplotlib()  # before the work, not after it
     loaded = options.ModelChoice(model, revision, dtype, offline).load()
     loaded = scout_options.with_scout(loaded, scout)
+    chosen = None if chosen is None else scout_options.fitted(chosen, loaded)
     loaded = gate_options.with_gates(loaded, kv_gates)
     if eviction is None:
         picture.require_no_experts(loaded.config)

@@ -3,7 +3,8 @@
 Ours, of no paper. What each token needs is known nearly exactly before a row of the weights is
 read, and a prompt decides nothing. The copies are made once a model (`popjax.scouts`), held beside
 the weights, and read whole at every step: those bytes count. And what they foretold of the next
-best channels is good enough to be used as it is, at a third of the bytes: a row of down.
+best channels is good enough to be used as it is, at a third of the bytes: a row of down. Where few
+bytes are saved, copies of eight bits in some of the layers lose less than copies of four in all.
 Left out: FFNs without a gate, mixtures of experts, and making the copies.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,7 +36,10 @@ RESTS = ("foretold", "off")
 
 @dataclasses.dataclass(frozen=True)
 class ScoutBudget:
-    """Channels of a layer that are on for a token, and how many of them are from the weights."""
+    """Channels of a layer that are on for a token, and how many are evaluated from the weights.
+
+    Of a layer without copies all are, before some of them are chosen.
+    """
 
     on: int
     exact: int
@@ -57,6 +62,10 @@ class Scout(Method):
       skips layers, first and last are of those that run the prompt: the others decode whole anyway.
     rest: "foretold" as above; "off" lets nothing but exact channels go on, so fewer.
     bits, group: of the copies, as they were made; a run refuses others.
+    copied: below 1, only that share of the pruned layers has copies, spread evenly
+      (`popjax.scouts.copied_layers`); in the others gate and up of all channels are read, and rows
+      of down of the best by the product, as many as in layers with copies. All that copies foretell
+      is used as it is then, which takes eight bits. See `mixed_budgets`.
     Raises ValueError for values outside their range.
     """
 
@@ -65,6 +74,7 @@ class Scout(Method):
     rest: str = "foretold"
     bits: int = scouts.BITS
     group: int = scouts.GROUP
+    copied: float = 1.0
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
@@ -77,6 +87,12 @@ class Scout(Method):
             raise ValueError(
                 f"bits {self.bits!r} in groups of {self.group!r} make no scout: use 4 or 8, and a "
                 "power of two from 32 on"
+            )
+        scouts.check_copied(self.copied)
+        if self.copied < 1 and self.rest == "off":
+            raise ValueError(
+                f"rest 'off' lets exact channels on alone, and with copied {self.copied} layers "
+                "that have copies evaluate one: leave one of the two out"
             )
 
     def for_model(self, config: ModelConfig) -> Scout:
@@ -94,8 +110,14 @@ class Scout(Method):
         rows = [rows_of_online_pruning(F, self.ratio) for F in widths]
         if self.ends == "dense":
             rows = rows_with_dense_ends(widths, rows)
-        pairs = zip(widths, rows, strict=True)
         copy = (self.bits + 16 / self.group) / 16
+        if self.copied < 1:
+            held = scouts.copied_layers(len(widths), self.ends == "pruned", self.copied)
+            try:
+                return mixed_budgets(widths, rows, copy, held)
+            except ValueError as error:
+                raise ValueError(f"ratio {self.ratio} with {error}") from None
+        pairs = zip(widths, rows, strict=True)
         return tuple(scout_budget(F, n, copy, self.rest == "foretold") for F, n in pairs)
 
     def observe(self, params: Params, acts: LayerActs) -> Any:
@@ -117,8 +139,44 @@ class Scout(Method):
 
 def scouts_for(method: Scout, params: Params, config: ModelConfig) -> scouts.Scouts:
     """The scouts that the method needs, as shapes, of parameters that may be shapes."""
-    make = functools.partial(scouts.make_scouts, config=config, ends=method.ends == "pruned")
-    return jax.eval_shape(functools.partial(make, bits=method.bits, group=method.group), params)
+    make = functools.partial(
+        scouts.make_scouts,
+        config=config,
+        bits=method.bits,
+        group=method.group,
+        ends=method.ends == "pruned",
+        copied=method.copied,
+    )
+    return jax.eval_shape(make, params)
+
+
+def mixed_budgets(
+    widths: Sequence[int], rows: Sequence[int], copy: float, held: Sequence[int]
+) -> tuple[ScoutBudget, ...]:
+    """How the rows of all layers are spent where those in `held` alone have copies.
+
+    A row of a copy is the share `copy` of a row. First come 2 F of these, or gate and up of layers
+    without, and one exact channel of layers with copies; what is left is rows of down, as many of F
+    channels in every layer, and above all F exact channels. Layers that `rows` leave whole stay so.
+    Raises ValueError, which begins as the end of a sentence, where too little is left.
+    """
+    pruned = [i for i, F in enumerate(widths) if rows[i] < 3 * F]
+    channels = sum(widths[i] for i in pruned)
+    copied = sum(widths[i] for i in held)
+    left = sum(rows[i] for i in pruned) - 2 * (channels - copied) - 2 * (copied * copy + len(held))
+    share = min(1.0, left / max(1, channels))
+    if pruned and min(math.floor(share * widths[i]) for i in pruned) < 1:
+        raise ValueError(
+            f"copies in {len(held)} of {len(pruned)} pruned layers leaves no rows of down, since "
+            "the others read gate and up whole: lower the ratio, or give copied=1.0"
+        )
+    more = max(0.0, left - channels) / (2 * max(1, copied))
+    budgets = []
+    for i, F in enumerate(widths):
+        on = math.floor(share * F) if i in pruned else F
+        exact = min(F, 1 + math.floor(more * F)) if i in held and i in pruned else F
+        budgets.append(ScoutBudget(on, min(on, exact) if i in held else F))
+    return tuple(budgets)
 
 
 def scout_budget(mlp_dim: int, rows: int, copy: float, foretold: bool) -> ScoutBudget:
@@ -145,6 +203,7 @@ def _partition(layer: LayerConfig, budget: ScoutBudget, factors: Any) -> Channel
         candidate=jnp.arange(layer.mlp_dim, dtype=jnp.int32),
         candidate_factor=factors if isinstance(factors, jax.Array) else None,
         k_selected=budget.on,
-        exact=None if budget.exact == budget.on else budget.exact,
-        point="scout",
+        exact=None if budget.exact >= budget.on else budget.exact,
+        # Without copies all are evaluated, and chosen from by what they are.
+        point="scout" if budget.exact <= budget.on else "product",
     )

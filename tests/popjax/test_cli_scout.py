@@ -57,6 +57,37 @@ def test_a_scout_is_written_and_used(command: Any, tmp_path: Path) -> None:
     assert cases == ["dense", "scout ratio 0.3", "frozen ratio 0.3"]
 
 
+def test_copies_of_eight_bits_in_some_layers(command: Any, tmp_path: Path) -> None:
+    out = tmp_path / "half.safetensors"
+    written = command("calibrate", "scout", "--bits", "8", "--copied", "0.5", "-o", str(out))
+    assert written.exit_code == 0, written.stderr
+    # One of three inner layers, the floor of half of them, at 8.5 bits a weight.
+    assert f"{2 * 8.5 / 32 / 15:.1%} of the FFN weights" in " ".join(written.stderr.split())
+    few = command("generate", PROMPT, "--method", "scout", "--ratio", "0.1", "--scout", str(out))
+    assert few.exit_code == 0, few.stderr
+    high = ("--method", "scout", "--ratio", "0.5", "--scout", str(out))
+    refused = command("generate", PROMPT, *high)
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code != 0 and "copies in 1 of 3 pruned layers leaves no rows" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--bits", "3"), "bits 3 are not offered: use 4 or 8"),
+        (("--copied", "0"), "copied 0.0 is no share of the pruned layers"),
+        (("--copied", "0.1"), "copied 0.1 of 3 pruned layers is less than one layer"),
+    ],
+)
+def test_forms_of_scouts_that_are_refused(
+    command: Any, tmp_path: Path, arguments: tuple[str, ...], complaint: str
+) -> None:
+    out = tmp_path / "scout.safetensors"
+    refused = command("calibrate", "scout", *arguments, "-o", str(out))
+    assert refused.exit_code != 0 and not out.exists()
+    assert complaint in " ".join(refused.stderr.replace("\u2502", " ").split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -104,7 +135,9 @@ def test_ends_are_pruned_where_they_have_copies(command: Any, tmp_path: Path) ->
     assert command("calibrate", "scout", "-o", str(every), "--ends", "pruned").exit_code == 0
     asked = ("--method", "scout", "--ratio", "0.3", "--ends", "pruned", *SHORT)
     refused = command("generate", PROMPT, *asked, "--scout", str(inner))
-    assert refused.exit_code == 1 and "(popjax calibrate scout --ends pruned)" in refused.stderr
+    assert refused.exit_code == 2
+    said = " ".join(refused.stderr.replace("\u2502", " ").split())
+    assert "no copies of layers that --ends pruned prunes: give --ends dense" in said
     used = command("generate", PROMPT, *asked, "--scout", str(every))
     assert used.exit_code == 0, used.stderr
     layers = json.loads(used.stdout)["report"]["layers"]

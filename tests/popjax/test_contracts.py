@@ -51,6 +51,7 @@ METHODS: dict[str, Method] = {
     "gate-first": GateFirst(0.5),
     # Two layers are both ends, which by default stay whole.
     "scout": Scout(0.5, ends="pruned", group=32),
+    "scout-half": Scout(0.25, ends="pruned", group=32, bits=8, copied=0.5),
 }
 # The default on one CPU is the kernels, so plain names run on them; these name the other form.
 KERNEL_PAIRS = ("dense", "online", "frozen", "rescore", "griffin", "gate-first")
@@ -60,6 +61,7 @@ NEW = 12
 NEVER = (VOCAB,)  # an end token that is not in the vocabulary
 EVERYTHING = Options(logits=True, record_masks=True)
 ONLINE = ("online", "online-shared")
+SCOUTS = {name: method for name, method in METHODS.items() if isinstance(method, Scout)}
 VARIANTS = ("online-dense", "online-probe", "online-shared")
 PAIRS = [
     (family, name)
@@ -71,6 +73,8 @@ PAIRS = [
 PAIRS.remove(("qwen2_moe", "online-probe"))
 # Only this family has an FFN beside its experts.
 PAIRS = [pair for pair in PAIRS if pair[0] == "qwen2_moe" or pair[1] != "online-shared"]
+# Half of one layer is none.
+PAIRS = [pair for pair in PAIRS if pair[0] == "llama" or pair[1] != "scout-half"]
 # A choice by the gate needs one, and is not made among experts.
 WITHOUT_GATES = ("opt", "gpt_neox", "qwen2_moe")
 PAIRS = [
@@ -80,7 +84,7 @@ PAIRS = [
 ]
 PRUNED = [pair for pair in PAIRS if not pair[1].startswith("dense")]
 REPLAYED = [pair for pair in PRUNED if pair[0] == "llama" or pair[1] in ONLINE]
-MASKED = [pair for pair in PAIRS if pair[1] in (*ONLINE, "rescore", "gate-first", "scout")]
+MASKED = [pair for pair in PAIRS if pair[1] in (*ONLINE, "rescore", "gate-first", *SCOUTS)]
 SCORED = [pair for pair in PAIRS if pair[0] == "llama" or pair[1] in ONLINE]
 # One method a newer family.
 FEWER = [pair for pair in PAIRS if pair[0] not in NEWER or pair[1] in ("dense", "online")]
@@ -121,10 +125,11 @@ def config_of(family: str) -> ModelConfig:
 def params_of(family: str, name: str = "dense") -> dict[str, Any]:
     """Parameters of a family, with scouts where the method needs them."""
     config = config_of(family)
-    if name != "scout":
+    if name not in SCOUTS:
         return random_params(config)
-    plain = params_of(family)
-    return with_scouts(plain, make_scouts(plain, config, group=32, ends=True))
+    plain, method = params_of(family), SCOUTS[name]
+    form = {"bits": method.bits, "group": method.group, "copied": method.copied}
+    return with_scouts(plain, make_scouts(plain, config, ends=True, **form))
 
 
 def request(name: str, **changes: Any) -> Request:
@@ -136,7 +141,7 @@ def request(name: str, **changes: Any) -> Request:
 
 
 def ran(family: str, asked: Request) -> RunResult:
-    name = "scout" if isinstance(asked.method, Scout) else "dense"
+    name = next((k for k, method in SCOUTS.items() if method == asked.method), "dense")
     return run(params_of(family, name), config_of(family), asked)
 
 
@@ -241,7 +246,7 @@ def test_recorded_partition_and_masks_replay_the_run(family: str, name: str) -> 
     assert_same_run(family, result, wanted)
 
 
-@pytest.mark.parametrize("name", ["online", "rescore", "gate-first", "scout"])
+@pytest.mark.parametrize("name", ["online", "rescore", "gate-first", *SCOUTS])
 def test_foreign_masks_are_obeyed(name: str) -> None:
     wanted = reference("llama", name)
     masks = tuple(jnp.asarray(mask[::-1]) for mask in masks_of(wanted))

@@ -55,6 +55,41 @@ def test_files_that_are_no_scout_of_the_model(
         scouts.load_scouts(path, plain, CONFIG)
 
 
+@pytest.mark.parametrize(("ends", "share"), [(False, 0.34), (False, 0.7), (True, 0.4), (True, 1.0)])
+def test_copies_of_some_layers_are_read_as_they_were(
+    ends: bool, share: float, tmp_path: Path
+) -> None:
+    plain = random_params(FIVE)
+    made = scouts.make_scouts(plain, FIVE, 8, 32, ends, copied=share)
+    path = scouts.save_scouts(tmp_path / "scout.safetensors", made, plain, FIVE)
+    read = scouts.load_scouts(path, plain, FIVE)
+    held = scouts.copied_layers(5, ends, share)
+    assert [i for i, one in enumerate(read) if one] == list(held)
+    for wrote, found in zip(made, read, strict=True):
+        assert {k: w.tobytes() for k, w in wrote.items()} == {
+            k: np.asarray(w).tobytes() for k, w in found.items()
+        }
+    assert scouts.held_form(scouts.with_scouts(plain, read), 5) == (held, 8, 32)
+
+
+@pytest.mark.parametrize("held", [(), (0, 1), (1, 2, 4)])
+def test_copies_of_layers_that_no_share_is(held: tuple[int, ...], tmp_path: Path) -> None:
+    plain = random_params(FIVE)
+    made = scouts.make_scouts(plain, FIVE, 8, 32, ends=True)
+    some = tuple(one if i in held else {} for i, one in enumerate(made))
+    path = scouts.save_scouts(tmp_path / "scout.safetensors", some, plain, FIVE)
+    with pytest.raises(checkpoints.CheckpointError, match=r"is no scout of this model"):
+        scouts.load_scouts(path, plain, FIVE)
+
+
+def test_a_layer_without_the_copies_that_a_run_needs() -> None:
+    plain = random_params(FIVE)
+    made = scouts.make_scouts(plain, FIVE, 8, 32, ends=True, copied=0.4)
+    method = Scout(0.2, ends="pruned", bits=8, group=32)
+    with pytest.raises(ValueError, match=r"the same `copied` as the method's"):
+        decoded(scouts.with_scouts(plain, made), method, FIVE)
+
+
 @pytest.mark.parametrize(
     ("bits", "group", "words"),
     [(8, 32, "has 4 bits in groups of 32"), (4, 64, r"give Scout\(bits=4")],

@@ -20,7 +20,7 @@ from popjax.fingerprint import fingerprint
 from popjax.generate import Options
 from popjax.methods import Method, RescoreAll, Scout
 from popjax.methods.row_budgets import rows_of_online_pruning
-from popjax.methods.scout import ScoutBudget, scout_budget
+from popjax.methods.scout import ScoutBudget, mixed_budgets, scout_budget
 from popjax.report import bytes_per_token, layer_reports, reads_only_chosen, weight_bytes
 from popjax.run import Request, RunResult, run
 from popjax.sharding import placed_params
@@ -61,6 +61,54 @@ def test_copies_and_rows_are_what_online_pruning_reads() -> None:
         found = scout_budget(1000, rows, copy, foretold=True)
         assert 0 <= found.exact <= found.on <= max(900, found.exact)
         assert 0 <= rows - (531.25 + found.on + 2 * found.exact) < 3
+
+
+def test_copies_of_some_layers_leave_all_as_many_rows_of_down() -> None:
+    # Thirty layers of 1,536 channels, ends whole, fourteen copied at 8.25 bits a weight: of
+    # 30 * 3,609 rows 2 * 4,608 are the ends', 14 * 3,072 of layers without, 14 * (1,584 + 2) of
+    # those with: 33,842 are left for 28.
+    rows = [4608, *[(30 * 3609 - 2 * 4608) // 28] * 28, 4608]
+    held = scouts.copied_layers(30, False, 0.5)
+    assert held == (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
+    found = mixed_budgets([1536] * 30, rows, 8.25 / 16, held)
+    assert [i for i, one in enumerate(found) if one.exact < one.on] == list(held)
+    assert {found[i] for i in held} == {ScoutBudget(1208, 1)}
+    assert {found[i] for i in range(1, 29) if i not in held} == {ScoutBudget(1208, 1536)}
+    assert found[0] == found[29] == ScoutBudget(1536, 1536)
+    # Rows to spare are exact channels where there are copies.
+    more = mixed_budgets([100, 200], [270, 540], 0.5, [1])
+    assert more == (ScoutBudget(100, 100), ScoutBudget(200, 55))
+    assert mixed_budgets([100, 200], [300, 600], 0.5, [1])[0] == ScoutBudget(100, 100)
+    with pytest.raises(ValueError, match=r"^copies in 1 of 2 pruned layers leaves no rows"):
+        mixed_budgets([100, 200], [130, 260], 0.5, [1])
+
+
+def test_shares_of_layers_are_whole_layers_and_even() -> None:
+    assert scouts.copied_layers(6, True, 1.0) == (0, 1, 2, 3, 4, 5)
+    assert scouts.copied_layers(6, False, 1.0) == (1, 2, 3, 4)
+    assert scouts.copied_layers(8, False, 0.5) == (2, 4, 6)
+    assert (
+        scouts.copied_layers(8, False, 0.34) == (2, 5) and scouts.copied_layers(2, False, 1) == ()
+    )
+    for layers in range(3, 40):
+        for count in range(1, layers - 1):
+            held = scouts.copied_layers(layers, False, count / (layers - 2))
+            assert len(set(held)) == count and scouts.share_of(held, layers, False) is not None
+    with pytest.raises(ValueError, match=r"copied 0.2 of 4 pruned layers .* give 0.25 or more"):
+        scouts.copied_layers(6, False, 0.2)
+
+
+@pytest.mark.parametrize("copied", [0, -0.5, 1.5, float("nan"), True, "half", None])
+def test_what_is_no_share_of_the_layers(copied: Any) -> None:
+    with pytest.raises(ValueError, match=r"no share of the pruned layers: give one above 0"):
+        Scout(0.25, copied=copied)
+    with pytest.raises(ValueError, match=r"no share of the pruned layers: give one above 0"):
+        scouts.make_scouts({}, CONFIG, copied=copied)
+
+
+def test_copies_of_some_layers_want_what_they_foretell_used() -> None:
+    with pytest.raises(ValueError, match=r"rest 'off' lets exact channels on alone"):
+        Scout(0.25, copied=0.5, rest="off")
 
 
 def layer_arrays(seed: int = 0) -> tuple[np.ndarray, ...]:

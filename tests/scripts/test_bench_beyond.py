@@ -22,7 +22,7 @@ def test_every_method_is_timed_against_dense(
     main(["--models", str(deep_checkpoint), "--dtype", "bfloat16", "--json", str(out), *SHORT])
     (found,) = json.loads(out.read_text())["models"].values()
     rows = {row["name"]: row for row in found["methods"]}
-    assert list(rows) == list(methods_at(0.3))
+    assert list(rows) == list(methods_at(0.3, {}))
     shown = capsys.readouterr().out
     for name, row in rows.items():
         assert f"  {name}: " in shown and len(row["decode_step"]["rounds"]) == 2
@@ -32,7 +32,10 @@ def test_every_method_is_timed_against_dense(
 
 
 def test_a_scout_lies_beside_weights_of_the_dtype(deep_checkpoint: Path) -> None:
-    model = scouted_model(str(deep_checkpoint), "bfloat16")
+    model = scouted_model(str(deep_checkpoint), "bfloat16", {})
     assert model.params["layer_1"]["mlp"]["up"].dtype == jnp.bfloat16
     # Three of five layers: two copies of 48 rows of 64 weights, and a scale of sixteen bits each.
     assert scout_bytes(model.params) == 3 * 2 * 48 * (64 // 2 + 2)
+    # One of the three, with twice the bits.
+    half = scouted_model(str(deep_checkpoint), "bfloat16", {"bits": 8, "copied": 0.5})
+    assert scout_bytes(half.params) == 2 * 48 * (64 + 2)

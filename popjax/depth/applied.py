@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from popjax.config import ModelConfig
 from popjax.depth.method import FULL, DepthMethod, DepthPlan
 from popjax.eviction import FastKVzip
-from popjax.methods import Method
+from popjax.methods import Method, Scout
 from popjax.sparsity import Params
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ def applied(
         return request, params, config, every
     if not isinstance(request.depth, DepthMethod):
         raise ValueError(f"depth {request.depth!r} is not a DepthMethod: give one, or its name")
+    if isinstance(request.method, Scout) and request.method.copied < 1:
+        raise ValueError(
+            f"a scout with copied {request.method.copied} has copies in given layers, which a depth "
+            "method numbers anew: give copies to all pruned layers (copied=1.0), or leave out depth"
+        )
     depth = request.depth.for_model(config, params)
     kept, plan = depth.decode_layers(config), depth.plan(config)
     if plan is not None:

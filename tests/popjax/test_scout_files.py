@@ -90,6 +90,15 @@ def test_a_layer_without_the_copies_that_a_run_needs() -> None:
         decoded(scouts.with_scouts(plain, made), method, FIVE)
 
 
+def test_copies_of_some_layers_go_with_no_depth_method() -> None:
+    made = scouts.make_scouts(random_params(FIVE), FIVE, 8, 32, copied=0.7)
+    asked = Request(
+        PROMPTS[:1], 2, method=Scout(0.1, bits=8, group=32, copied=0.7), depth=PrefillPruning(0.2)
+    )
+    with pytest.raises(ValueError, match=r"which a depth method numbers anew: give copies to all"):
+        run(scouts.with_scouts(random_params(FIVE), made), FIVE, asked)
+
+
 @pytest.mark.parametrize(
     ("bits", "group", "words"),
     [(8, 32, "has 4 bits in groups of 32"), (4, 64, r"give Scout\(bits=4")],

@@ -36,8 +36,9 @@ def applied(
         raise ValueError(f"depth {request.depth!r} is not a DepthMethod: give one, or its name")
     if isinstance(request.method, Scout) and request.method.copied < 1:
         raise ValueError(
-            f"a scout with copied {request.method.copied} has copies in given layers, which a depth "
-            "method numbers anew: give copies to all pruned layers (copied=1.0), or leave out depth"
+            f"a scout with copied {request.method.copied} has copies in given layers, which a "
+            "depth method numbers anew: give copies to all pruned layers (copied=1.0), or leave "
+            "out depth"
         )
     depth = request.depth.for_model(config, params)
     kept, plan = depth.decode_layers(config), depth.plan(config)

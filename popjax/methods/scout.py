@@ -168,7 +168,7 @@ def mixed_budgets(
     if pruned and min(math.floor(share * widths[i]) for i in pruned) < 1:
         raise ValueError(
             f"copies in {len(held)} of {len(pruned)} pruned layers leaves no rows of down, since "
-            "the others read gate and up whole: lower the ratio, or give copied=1.0"
+            "the others read gate and up whole: lower the ratio, or copy all (copied=1.0)"
         )
     more = max(0.0, left - channels) / (2 * max(1, copied))
     budgets = []

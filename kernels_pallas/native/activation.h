@@ -1,8 +1,10 @@
 // The activations of feed-forward layers.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "native/isa.h"
 #include "native/rows.h"

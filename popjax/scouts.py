@@ -2,7 +2,7 @@
 
 A scout says what every channel would be for a token before a row of the weights is read. It is
 arrays of an FFN's parameters, there only where it was added, so models without know nothing of it.
-Copies of twice the bits in half of the layers hold no more than copies of all.
+Copies of six or eight bits in some of the layers hold no more than copies of four in all.
 Quantised to the nearest step, or by what the model reads on a text so that errors make up for each
 other; leaves out who chooses by it (`methods/scout.py`).
 """
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import checkpoints
-from kernels_pallas.row_products import QuantizedRows, quantized
+from kernels_pallas.row_products import QuantizedRows, bits_of, quantized
 from popjax.artefact import Form, load_artefact, save_artefact
 from popjax.calibration.compensated import compensated
 from popjax.config import ModelConfig
@@ -134,7 +134,7 @@ def make_scouts(
     moments: Sequence[np.ndarray] | None = None,
     copied: float = 1.0,
 ) -> Scouts:
-    """Copies of each layer's gate and up in `bits` (4 or 8), a scale each `group` of weights.
+    """Copies of each layer's gate and up in `bits` (4, 6, 8), a scale each `group` of weights.
 
     Without `ends` none of the first and last layer, which `Scout` leaves whole unless told; of the
     others the share `copied` has them (`copied_layers`). Scales are in the dtype of the weights.
@@ -288,8 +288,13 @@ def _forms(
     """Shape and dtype of every array of a scout with the bits and groups of its first layer."""
     name = f"layer_{first}/scout_up"
     scale = arrays[f"{name}_scale"]
-    bits = 8 if arrays[name].dtype == np.int8 else 4
     group = config.embed_dim // max(1, *scale.shape[1:])
+    try:
+        bits = bits_of(arrays[name].dtype)
+    except ValueError as error:
+        raise checkpoints.CheckpointError(
+            f"{path}: {name!r}: {error}; run popjax calibrate scout again"
+        ) from error
     make = functools.partial(make_scouts, config=config, bits=bits, group=group, **layers)
     try:
         scouts = jax.eval_shape(make, params)

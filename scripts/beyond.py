@@ -6,8 +6,8 @@ Each window's prefix is prefilled, and the tokens after it are scored as decode 
 method (`popjax.evaluation`). Prints a markdown table: what a step reads of the FFN's bytes, what
 each method loses to dense, and how much of online pruning's loss it saves. The text is the
 caller's: none is shipped. Scouts are made of the weights alone, or come from a file that
-`popjax calibrate scout --ends pruned --text OTHER.txt` wrote; copies of eight bits in half of the
-layers come from another file, made with `--bits 8 --copied 0.5` and no `--ends`.
+`popjax calibrate scout --ends pruned --text OTHER.txt` wrote; copies of six bits in some of the
+layers come from another file, made with `--bits 6 --copied 0.65` and no `--ends`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from scripts.quality import loaded_windows, progress, window_parser, write_json
 
 FAITHFUL = "online-pruning"
 # Has copies of its own, and is left out where it does not fit: from ratios of about 0.5 on.
-HALF = "scout, eight bits in half the layers"
-HALF_FORM = {"bits": 8, "copied": 0.5}
+PARTIAL = "scout, six bits in 0.65 of the layers"
+PARTIAL_FORM = {"bits": 6, "copied": 0.65}
 
 
 def cases(ratio: float) -> dict[str, Method]:
@@ -44,7 +44,7 @@ def cases(ratio: float) -> dict[str, Method]:
         "scout": Scout(ratio),
         "scout, all layers alike": Scout(ratio, ends="pruned"),
         "scout, none as foretold": Scout(ratio, rest="off"),
-        HALF: Scout(ratio, **HALF_FORM),
+        PARTIAL: Scout(ratio, **PARTIAL_FORM),
     }
 
 
@@ -153,12 +153,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = list(cases(0.5))
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME")
     parser.add_argument("--scout", type=Path, help="scout with copies of all layers")
-    parser.add_argument("--half-scout", type=Path, help="the one of eight bits in half the layers")
+    parser.add_argument("--partial-scout", type=Path, help="one of six bits in some of the layers")
     asked = parser.parse_args(argv)
     model, windows, count = loaded_windows(asked)
-    own = {"scout": (asked.scout, {"ends": True}), HALF: (asked.half_scout, HALF_FORM)}
-    if HALF not in asked.methods:
-        del own[HALF]
+    own = {"scout": (asked.scout, {"ends": True}), PARTIAL: (asked.partial_scout, PARTIAL_FORM)}
+    if PARTIAL not in asked.methods:
+        del own[PARTIAL]
     scouts = {
         name: make_scouts(model.params, model.config, **form)
         if path is None

@@ -206,10 +206,10 @@ ffi::Error foretell(const Call& call, const ffi::AnyBuffer* values, const ffi::A
     auto up = gate;
     up.data = static_cast<decltype(up.data)>(values[1].untyped_data());
     set_scales(up, scales[1]);
-    if constexpr (std::is_same_v<decltype(gate), Int4Rows>) {
+    using W = decltype(gate);
+    if constexpr (std::is_same_v<W, Int4Rows> || std::is_same_v<W, Int6Rows>) {
       const RoundedVectors rounded(x, call.vectors, call.width);
-      evaluate(call, RoundedInt4Rows{gate, &rounded}, RoundedInt4Rows{up, &rounded}, x, false, h,
-               team);
+      evaluate(call, Rounded<W>{gate, &rounded}, Rounded<W>{up, &rounded}, x, false, h, team);
     } else {
       evaluate(call, gate, up, x, false, h, team);
     }

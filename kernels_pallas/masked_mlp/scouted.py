@@ -3,9 +3,9 @@
     a = act(x g^T) * (x u^T)      g, u: gate and up in few bits, of all channels
     y = (h * m) down              m: the best channels by a; h from the weights, or a beyond `exact`
 
-Four-bit copies foretell from x rounded to eight bits (`row_products.rounded`), so that a CPU does
-it in integers: a number is off by at most half of 1/127 of the largest of 32, a copy by half of 1/7
-of the largest of its group.
+Copies of four and six bits foretell from x rounded to eight (`row_products.rounded`), so that a CPU
+does it in integers: a number is off by at most half of 1/127 of the largest of 32, a copy by half
+of 1/7 or 1/31 of the largest of its group.
 
 Left out: the CPU kernel, which does the same in one call (`native.py`).
 """
@@ -48,7 +48,7 @@ def foretell(
     # Tied to x: a loop over steps must not take the widened copies out of it, and hold them.
     (x, *copies) = jax.lax.optimization_barrier((x, *scout))
     gate, up = (dequantized(w).astype(x.dtype) for w in copies)
-    if scout[0].bits == 4:
+    if scout[0].bits < 8:
         x = rounded(x).astype(x.dtype)
     a = gated_channels(x, gate, up, activation)
     on = choose(a, selection) if given is None else given

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "native/rows.h"
@@ -60,15 +61,15 @@ class Result {
   float* data_;
 };
 
+// Whether rows of type W have scales.
+template <typename W, typename = void>
+struct Scaled : std::false_type {};
 template <typename W>
-void set_scales(W&, const ffi::AnyBuffer&) {}
+struct Scaled<W, std::void_t<decltype(W::scales)>> : std::true_type {};
 
-inline void set_scales(Int8Rows& w, const ffi::AnyBuffer& scales) {
-  w.scales = static_cast<const float*>(scales.untyped_data());
-}
-
-inline void set_scales(Int4Rows& w, const ffi::AnyBuffer& scales) {
-  w.scales = static_cast<const float*>(scales.untyped_data());
+template <typename W>
+void set_scales(W& w, const ffi::AnyBuffer& scales) {
+  if constexpr (Scaled<W>::value) w.scales = static_cast<const float*>(scales.untyped_data());
 }
 
 inline bool is_activation(const ffi::AnyBuffer& buffer) {
@@ -88,14 +89,26 @@ inline int64_t group_shift(const ffi::AnyBuffer& scales, int64_t rows, int64_t w
   return whole && scales.element_type() == ffi::F32 ? shift : -1;
 }
 
+// Weights of a row of `w`, by its dtype: U8 holds two of four bits each, U16 eight of six in three.
+inline int64_t weights_a_row(const ffi::AnyBuffer& w) {
+  switch (w.element_type()) {
+    case ffi::U8:
+      return dim(w, 1) * 2;
+    case ffi::U16:
+      return dim(w, 1) * 8 / 3;
+    default:
+      return dim(w, 1);
+  }
+}
+
 // Calls body(rows) with the matrix `w` [F, width] as the type of its dtype; `scales` only counts
-// for S8 and U8 (two four-bit weights a byte).
+// for S8, U16 and U8.
 template <typename Body>
 ffi::Error with_rows(const ffi::AnyBuffer& w, const ffi::AnyBuffer& scales, int64_t width,
                      const Body& body) {
   const void* data = w.untyped_data();
   const auto* scale = static_cast<const float*>(scales.untyped_data());
-  const int64_t stored = dim(w, 1) * (w.element_type() == ffi::U8 ? 2 : 1);
+  const int64_t stored = weights_a_row(w);
   if (stored != width) {
     return invalid("rows of " + std::to_string(stored) + " weights do not fit vectors of " +
                    std::to_string(width));
@@ -109,11 +122,14 @@ ffi::Error with_rows(const ffi::AnyBuffer& w, const ffi::AnyBuffer& scales, int6
     case ffi::S8:
       if (shift < 0) return invalid(kGroups);
       return body(Int8Rows{static_cast<const int8_t*>(data), scale, width, shift});
+    case ffi::U16:
+      if (shift < 0) return invalid(kGroups);
+      return body(Int6Rows{static_cast<const uint8_t*>(data), scale, width, shift});
     case ffi::U8:
       if (shift < 0) return invalid(kGroups);
       return body(Int4Rows{static_cast<const uint8_t*>(data), scale, width, shift});
     default:
-      return invalid("weights are neither float32, bfloat16, int8 nor 4-bit");
+      return invalid("weights are neither float32, bfloat16, int8, 6-bit nor 4-bit");
   }
 }
 

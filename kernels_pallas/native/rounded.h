@@ -1,4 +1,5 @@
-// Products of four-bit rows with vectors rounded to eight bits, in integers: what scouts foretell.
+// Products of rows of four or six bits with vectors rounded to eight bits, in integers: what scouts
+// foretell.
 //
 // Every 32 numbers of a vector are rounded by a scale of their own, as row_products/quantized.py
 // has it, so a vector's result depends on no other one. The integers of a block are exact on every
@@ -13,7 +14,8 @@
 namespace popjax {
 
 // Vectors [count, width] laid out as four-bit rows are: what meets the low half of a byte, and what
-// meets the high half. Four bytes of a row, which are eight weights, add up in one lane.
+// meets the high half. Four bytes of a row, which are eight weights, add up in one lane. The upper
+// bits of six-bit rows lie the same way.
 class RoundedVectors {
  public:
   static constexpr int64_t kBlock = 32;  // numbers of one scale, 16 bytes of a row
@@ -21,7 +23,7 @@ class RoundedVectors {
 
   struct Vector {
     const int8_t *low, *high;  // [width / 2]
-    const int32_t* offsets;    // [width / 8]: what the eights that stored weights are above cost
+    const int32_t* offsets;    // [width / 8]: what the eights that four-bit weights are above cost
     const float* scales;       // [width / 8]
   };
 
@@ -41,14 +43,16 @@ class RoundedVectors {
   std::vector<float> scales_;
 };
 
-// Four-bit rows that are multiplied with rounded vectors.
-struct RoundedInt4Rows {
-  Int4Rows rows;
+// Rows of four or six bits that are multiplied with rounded vectors.
+template <typename W>
+struct Rounded {
+  W rows;
   const RoundedVectors* x;
 };
 
-// As `dot_rows` of rows.h; the vectors are those of `w`.
-void dot_rows(const RoundedInt4Rows& w, const int64_t* rows, int64_t count, const float* unrounded,
+// As `dot_rows` of rows.h; the vectors are those of `w`. For Int4Rows and Int6Rows.
+template <typename W>
+void dot_rows(const Rounded<W>& w, const int64_t* rows, int64_t count, const float* unrounded,
               int64_t vectors, float* out, int64_t row_stride, int64_t vector_stride);
 
 }  // namespace popjax

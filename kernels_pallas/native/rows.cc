@@ -268,6 +268,7 @@ float sum_of(const float* data, int64_t size) {
 POPJAX_ROWS(F32Rows)
 POPJAX_ROWS(Bf16Rows)
 POPJAX_ROWS(Int8Rows)
+POPJAX_ROWS(Int6Rows)
 POPJAX_ROWS(Int4Rows)
 
 }  // namespace popjax

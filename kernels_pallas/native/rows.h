@@ -200,6 +200,8 @@ struct Int8Rows {
 
 // Two weights a byte, each its value + 8: of 32 weights the first half lies in the low bits.
 struct Int4Rows {
+  static constexpr int64_t kBlockBytes = 16;  // of 32 weights
+  static constexpr int kZero = 8;             // what a stored weight is above its value
   const uint8_t* data;
   const float* scales;
   int64_t width, group_shift;
@@ -211,8 +213,8 @@ struct Int4Rows {
     Lanes<N> out;
     POPJAX_UNROLL
     for (int i = 0; i < Lanes<N>::kParts; ++i) {
-      const auto pairs = widened<N>(data + flat / 32 * 16 + i * N);
-      const auto whole = ((pairs >> high) & 15) - 8;
+      const auto pairs = widened<N>(data + flat / 32 * kBlockBytes + i * N);
+      const auto whole = ((pairs >> high) & 15) - kZero;
       out.part[i] = __builtin_convertvector(whole, Vector<float, N>) * scale;
     }
     return out;
@@ -222,9 +224,46 @@ struct Int4Rows {
   }
   POPJAX_INLINE float one(int64_t row, int64_t at) const {
     const int64_t flat = row * width + at;
-    const uint8_t byte = data[flat / 32 * 16 + flat % 16];
+    const uint8_t byte = data[flat / 32 * kBlockBytes + flat % 16];
     const int value = flat % 32 < 16 ? byte & 15 : byte >> 4;
-    return static_cast<float>(value - 8) * scales[flat >> group_shift];
+    return static_cast<float>(value - kZero) * scales[flat >> group_shift];
+  }
+};
+
+// Of every 32 weights 24 bytes: each is its value + 32, whose upper four bits lie as those of
+// Int4Rows; byte k of the last eight has the lower two of weights k, k + 8, k + 16 and k + 24.
+struct Int6Rows {
+  static constexpr int64_t kBlockBytes = 24;
+  static constexpr int kZero = 32;
+  const uint8_t* data;
+  const float* scales;
+  int64_t width, group_shift;
+  template <int N>
+  POPJAX_INLINE Lanes<N> lanes(int64_t row, int64_t at) const {
+    const int64_t flat = row * width + at;
+    const float scale = scales[flat >> group_shift];
+    const uint8_t* block = data + flat / 32 * kBlockBytes;
+    const int high = flat % 32 < 16 ? 0 : 4;
+    uint8_t lower[kLanes];  // the lower bits of these weights, and of others
+    for (int i = 0; i < kLanes; ++i) lower[i] = block[16 + i % 8] >> (high + i / 8 * 2);
+    Lanes<N> out;
+    POPJAX_UNROLL
+    for (int i = 0; i < Lanes<N>::kParts; ++i) {
+      const auto upper = (widened<N>(block + i * N) >> high) & 15;
+      const auto whole = ((upper << 2) | (widened<N>(lower + i * N) & 3)) - kZero;
+      out.part[i] = __builtin_convertvector(whole, Vector<float, N>) * scale;
+    }
+    return out;
+  }
+  POPJAX_INLINE const void* place(int64_t row, int64_t at) const {
+    return data + (row * width + at) / 32 * kBlockBytes;
+  }
+  POPJAX_INLINE float one(int64_t row, int64_t at) const {
+    const int64_t flat = row * width + at, i = flat % 32;
+    const uint8_t* block = data + flat / 32 * kBlockBytes;
+    const int upper = i < 16 ? block[i] & 15 : block[i - 16] >> 4;
+    const int lower = (block[16 + i % 8] >> (i / 8 * 2)) & 3;
+    return static_cast<float>((upper << 2 | lower) - kZero) * scales[flat >> group_shift];
   }
 };
 

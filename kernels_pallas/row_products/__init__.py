@@ -18,6 +18,7 @@ from kernels_pallas.native.cost import prefers_native
 from kernels_pallas.row_products import native, reference, xla
 from kernels_pallas.row_products.quantized import (
     QuantizedRows,
+    bits_of,
     dequantized,
     most_steps,
     quantized,
@@ -100,6 +101,7 @@ def _dense(w: jax.Array | QuantizedRows) -> jax.Array:
 __all__ = [
     "IMPLEMENTATIONS",
     "QuantizedRows",
+    "bits_of",
     "contract",
     "contract_rows",
     "dequantized",

@@ -1,4 +1,4 @@
-"""The products on the CPU kernels: rows in float32, bfloat16, 8 or 4 bits, sums in float32."""
+"""The products on the CPU kernels: rows in float32, bfloat16, 8, 6 or 4 bits, sums in float32."""
 
 from __future__ import annotations
 

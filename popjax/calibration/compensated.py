@@ -23,7 +23,7 @@ _SHARES = np.linspace(0.7, 1.0, 13)
 def compensated(
     w: np.ndarray, moments: np.ndarray, bits: int, group: int, scale_dtype: np.dtype
 ) -> QuantizedRows:
-    """Rows w [F, D] in `bits` (4 or 8), a scale of `scale_dtype` for each `group` of weights.
+    """Rows w [F, D] in `bits` (4, 6 or 8), a scale of `scale_dtype` for each `group` of weights.
 
     moments [D, D]: sum or mean of x x^T over the inputs x that the rows are multiplied with. Of a
     group the scale is chosen that leaves the least squared error, inputs taken as uncorrelated.

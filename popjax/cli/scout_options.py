@@ -78,8 +78,8 @@ def scout_form(ends: str | None, bits: int | None, copied: float | None) -> dict
         raise typer.BadParameter(
             f"ends {ends!r} is unknown: use one of {ENDS}", param_hint="--ends"
         )
-    if bits not in (None, 4, 8):
-        raise typer.BadParameter(f"bits {bits} are not offered: use 4 or 8", param_hint="--bits")
+    if bits not in (None, 4, 6, 8):
+        raise typer.BadParameter(f"bits {bits} are not offered: use 4, 6 or 8", param_hint="--bits")
     try:
         check_copied(1.0 if copied is None else copied)
     except ValueError as error:

@@ -4,7 +4,7 @@ Ours, of no paper. What each token needs is known nearly exactly before a row of
 read, and a prompt decides nothing. The copies are made once a model (`popjax.scouts`), held beside
 the weights, and read whole at every step: those bytes count. And what they foretold of the next
 best channels is good enough to be used as it is, at a third of the bytes: a row of down. Where few
-bytes are saved, copies of eight bits in some of the layers lose less than copies of four in all.
+bytes are saved, copies of six bits in some of the layers lose less than copies of four in all.
 Left out: FFNs without a gate, mixtures of experts, and making the copies.
 """
 
@@ -50,7 +50,7 @@ class Scout(Method):
     """Prune as many bytes of a step as OnlinePruning at `ratio`, by what a scout foretells.
 
     A step evaluates every channel from the copies and ranks them by |h_i| ||Wd_i||, Wd_i times the
-    gain of a norm that follows. Against four-bit copies its input is rounded to eight bits
+    gain of a norm that follows. Against copies of four and six bits its input is rounded to eight
     (`kernels_pallas.row_products.rounded`), so that a CPU works in integers. The best few are
     evaluated anew with gate and up as they are; they and the next best, as foretold, go on to
     down. Copies and rows are what OnlinePruning reads (gamma 0.1), in weights of sixteen bits: see
@@ -65,7 +65,7 @@ class Scout(Method):
     copied: below 1, only that share of the pruned layers has copies, spread evenly
       (`popjax.scouts.copied_layers`); in the others gate and up of all channels are read, and rows
       of down of the best by the product, as many as in layers with copies. All that copies foretell
-      is used as it is then, which takes eight bits. See `mixed_budgets`.
+      is used as it is then, which takes six bits or eight. See `mixed_budgets`.
     Raises ValueError for values outside their range.
     """
 
@@ -83,10 +83,11 @@ class Scout(Method):
         if self.rest not in RESTS:
             raise ValueError(f"rest {self.rest!r} is unknown: use one of {RESTS}")
         whole = all(type(count) is int for count in (self.bits, self.group))
-        if not whole or self.bits not in (4, 8) or self.group < 32 or self.group & self.group - 1:
+        power = whole and self.group >= 32 and not self.group & self.group - 1
+        if not power or self.bits not in (4, 6, 8):
             raise ValueError(
-                f"bits {self.bits!r} in groups of {self.group!r} make no scout: use 4 or 8, and a "
-                "power of two from 32 on"
+                f"bits {self.bits!r} in groups of {self.group!r} make no scout: use 4, 6 or 8, "
+                "and a power of two from 32 on"
             )
         scouts.check_copied(self.copied)
         if self.copied < 1 and self.rest == "off":

@@ -1,4 +1,4 @@
-"""Rows in eight and four bits: what is stored, how far it is off, and the kernels that read it."""
+"""Rows in few bits: what is stored, how far it is off, and the kernels that read it."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ products = {
     function: jax.jit(function, static_argnums=4) for function in (expand_rows, contract_rows)
 }
 EPS = 2.0**-23
-MOST = {8: 127, 4: 7}
+MOST = {8: 127, 6: 31, 4: 7}
 
 
 def rows_of(rng: np.random.Generator, F: int, D: int) -> np.ndarray:
@@ -70,6 +70,19 @@ def test_four_bits_lie_in_halves_of_sixteen_bytes() -> None:
     assert np.asarray(dequantized(stored)).tolist() == np.asarray(w).tolist()
 
 
+def test_six_bits_lie_in_twenty_four_bytes() -> None:
+    # -31 and on by two, then the largest: every step is one and the stored value is w + 32.
+    w = jnp.asarray([[*range(-31, 30, 2), 31]], jnp.float32)
+    stored = quantized(w, bits=6)
+    assert stored.values.shape == (1, 12) and stored.values.dtype == jnp.uint16
+    plus_32 = (np.asarray(w, np.int64)[0] + 32).reshape(4, 8)
+    upper = plus_32.reshape(2, 16) >> 2
+    lower = plus_32 & 3
+    wanted = [*(upper[0] + 16 * upper[1]), *(lower.T @ [1, 4, 16, 64])]
+    assert np.asarray(stored.values).astype("<u2").tobytes() == bytes(wanted)
+    assert np.asarray(dequantized(stored)).tolist() == np.asarray(w).tolist()
+
+
 def test_rows_of_zeros_stay_zeros() -> None:
     for bits in MOST:
         assert not np.asarray(dequantized(quantized(jnp.zeros((3, 64)), bits))).any()
@@ -78,7 +91,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
 @pytest.mark.parametrize(
     ("bits", "group", "width", "complaint"),
     [
-        (5, 32, 64, "bits 5 are not offered: use 4 or 8"),
+        (5, 32, 64, "bits 5 are not offered: use 4, 6 or 8"),
         (8, 16, 64, "group 16 .* power of two from 32 on"),
         (4, 96, 96, "group 96 .* power of two"),
         (8, 64, 96, "group 64 with rows of 96"),

@@ -57,12 +57,12 @@ def test_a_scout_is_written_and_used(command: Any, tmp_path: Path) -> None:
     assert cases == ["dense", "scout ratio 0.3", "frozen ratio 0.3"]
 
 
-def test_copies_of_eight_bits_in_some_layers(command: Any, tmp_path: Path) -> None:
+def test_copies_of_six_bits_in_some_layers(command: Any, tmp_path: Path) -> None:
     out = tmp_path / "half.safetensors"
-    written = command("calibrate", "scout", "--bits", "8", "--copied", "0.5", "-o", str(out))
+    written = command("calibrate", "scout", "--bits", "6", "--copied", "0.5", "-o", str(out))
     assert written.exit_code == 0, written.stderr
-    # One of three inner layers, the floor of half of them, at 8.5 bits a weight.
-    assert f"{2 * 8.5 / 32 / 15:.1%} of the FFN weights" in " ".join(written.stderr.split())
+    # One of three inner layers, the floor of half of them, at 6.5 bits a weight.
+    assert f"{2 * 6.5 / 32 / 15:.1%} of the FFN weights" in " ".join(written.stderr.split())
     few = command("generate", PROMPT, "--method", "scout", "--ratio", "0.1", "--scout", str(out))
     assert few.exit_code == 0, few.stderr
     high = ("--method", "scout", "--ratio", "0.5", "--scout", str(out))
@@ -74,7 +74,7 @@ def test_copies_of_eight_bits_in_some_layers(command: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--bits", "3"), "bits 3 are not offered: use 4 or 8"),
+        (("--bits", "3"), "bits 3 are not offered: use 4, 6 or 8"),
         (("--copied", "0"), "copied 0.0 is no share of the pruned layers"),
         (("--copied", "0.1"), "copied 0.1 of 3 pruned layers is less than one layer"),
     ],

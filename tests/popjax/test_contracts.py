@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
     "gate-first": GateFirst(0.5),
     # Two layers are both ends, which by default stay whole.
     "scout": Scout(0.5, ends="pruned", group=32),
-    "scout-half": Scout(0.25, ends="pruned", group=32, bits=8, copied=0.5),
+    "scout-half": Scout(0.25, ends="pruned", group=32, bits=6, copied=0.5),
 }
 # The default on one CPU is the kernels, so plain names run on them; these name the other form.
 KERNEL_PAIRS = ("dense", "online", "frozen", "rescore", "griffin", "gate-first")

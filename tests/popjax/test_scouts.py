@@ -123,7 +123,7 @@ def copied(w: Any, bits: int = 4) -> QuantizedRows:
 
 
 @pytest.mark.parametrize(
-    ("bits", "shared", "exact"), [(4, False, 9), (4, True, None), (8, False, 0)]
+    ("bits", "shared", "exact"), [(4, False, 9), (4, True, None), (6, False, 9), (8, False, 0)]
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_copies_choose_and_the_weights_compute(
@@ -153,7 +153,7 @@ def test_the_copies_choose_and_the_weights_compute(
         g, u = (x[:, 0] @ w.T for w in (gate, up))
         return g / (1 + np.exp(-g)) * u
 
-    told = channels(rounded(jnp.asarray(x)) if bits == 4 else x, *map(dequantized, copies))
+    told = channels(rounded(jnp.asarray(x)) if bits < 8 else x, *map(dequantized, copies))
     score = np.abs(told) * norms
     if shared:
         score = np.linalg.norm(score, axis=0, keepdims=True)

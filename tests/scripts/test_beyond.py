@@ -15,7 +15,7 @@ from popjax.evaluation.windows import cut_windows
 from popjax.methods import GateFirst, Method, OnlinePruning, Scout
 from popjax.scouts import make_scouts, save_scouts, with_scouts
 from scripts import beyond
-from scripts.beyond import FAITHFUL, HALF, HALF_FORM, Row, share_read
+from scripts.beyond import FAITHFUL, PARTIAL, PARTIAL_FORM, Row, share_read
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. " * 8
 SHORT = ["--windows", "2", "--prefix", "16", "--scored", "8", "--ratios", "0.3"]
@@ -65,26 +65,26 @@ def test_scouts_of_a_file_are_used(deep_checkpoint: Path, tmp_path: Path) -> Non
     assert faithful["windows"] == same["windows"] and scout["windows"] != other["windows"]
 
 
-def test_copies_in_half_of_the_layers_come_from_their_own_file(
+def test_copies_in_some_of_the_layers_come_from_their_own_file(
     deep_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = popjax.load(str(deep_checkpoint))
-    made = make_scouts(loaded.params, loaded.config, **HALF_FORM)
-    path, text, out = (tmp_path / name for name in ("half.safetensors", "text.txt", "out.json"))
+    made = make_scouts(loaded.params, loaded.config, **PARTIAL_FORM)
+    path, text, out = (tmp_path / name for name in ("partial.safetensors", "text.txt", "out.json"))
     save_scouts(path, made, loaded.params, loaded.config)
     text.write_text(TEXT, encoding="utf-8")
-    asked = ["--text", str(text), "--model", str(deep_checkpoint), "--half-scout", str(path)]
+    asked = ["--text", str(text), "--model", str(deep_checkpoint), "--partial-scout", str(path)]
     few = ["--windows", "2", "--prefix", "16", "--scored", "8", "--ratios", "0.1", "0.5"]
-    beyond.main([*asked, *few, "--methods", HALF, "--json", str(out)])
+    beyond.main([*asked, *few, "--methods", PARTIAL, "--json", str(out)])
     found = {(row["name"], row["ratio"]): row for row in json.loads(out.read_text())["results"]}
-    assert list(found) == [(FAITHFUL, 0.1), (HALF, 0.1), (FAITHFUL, 0.5)]
+    assert list(found) == [(FAITHFUL, 0.1), (PARTIAL, 0.1), (FAITHFUL, 0.5)]
     assert "left out: ratio 0.5 with copies in 1 of 3 pruned" in capsys.readouterr().out
     ids = loaded.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     window = cut_windows(ids, loaded.tokenizer("")["input_ids"], 2, 24)[1]
     scouted = with_scouts(loaded.params, made)
-    given = (loaded.config, Scout(0.1, **HALF_FORM), window[:16], window[16:])
+    given = (loaded.config, Scout(0.1, **PARTIAL_FORM), window[:16], window[16:])
     alone = -np.mean(continuation_logprobs(scouted, *given), dtype=np.float64)
-    assert found[HALF, 0.1]["windows"][1] == pytest.approx(alone, rel=1e-5)
+    assert found[PARTIAL, 0.1]["windows"][1] == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_script_scores_what_it_says(
@@ -96,8 +96,7 @@ def test_the_script_scores_what_it_says(
     beyond.main(["--text", str(text), "--json", str(out), *model, *SHORT])
     rows = {row["name"]: row for row in json.loads(out.read_text())["results"]}
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    # Of three pruned layers one would have copies, and two whole ones leave nothing for down.
-    assert list(rows) == [name for name in beyond.cases(0.3) if name != HALF]
+    assert list(rows) == list(beyond.cases(0.3))
     assert len(shown) == 2 + len(rows)
 
     loaded = popjax.load(str(deep_checkpoint))

@@ -7,7 +7,7 @@ method (`popjax.evaluation`). Prints a markdown table: what a step reads of the 
 each method loses to dense, and how much of online pruning's loss it saves. The text is the
 caller's: none is shipped. Scouts are made of the weights alone, or come from a file that
 `popjax calibrate scout --ends pruned --text OTHER.txt` wrote; copies of six bits in some of the
-layers come from another file, made with `--bits 6 --copied 0.65` and no `--ends`.
+layers come from another file, made with `--bits 6 --copied 0.7` and no `--ends`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from scripts.quality import loaded_windows, progress, window_parser, write_json
 
 FAITHFUL = "online-pruning"
 # Has copies of its own, and is left out where it does not fit: from ratios of about 0.5 on.
-PARTIAL = "scout, six bits in 0.65 of the layers"
-PARTIAL_FORM = {"bits": 6, "copied": 0.65}
+PARTIAL = "scout, six bits in 0.7 of the layers"
+PARTIAL_FORM = {"bits": 6, "copied": 0.7}
 
 
 def cases(ratio: float) -> dict[str, Method]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from popjax.cli import options
+from popjax.cli import method_options, options
 from popjax.cli.out_files import check_writable
 from popjax.cli.scout_options import calibrate_scout, scout_form
 from popjax.cli.terminal import Status, command, stdout_console, write
@@ -51,16 +51,6 @@ Ends = Annotated[
         "which a run with --ends pruned needs; scout."
     ),
 ]
-Bits = Annotated[
-    int | None, typer.Option(help="4, 6 or 8 (4): bits of a weight in the copies; scout.")
-]
-Copied = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of the pruned layers that have copies (1), the others read gate and up whole: "
-        "with 6 bits 0.6 holds no more, and loses less at ratios up to 0.3; scout.",
-    ),
-]
 
 
 @command
@@ -78,8 +68,8 @@ def calibrate(
     max_new_tokens: NewTokens = None,
     seed: Seed = None,
     ends: Ends = None,
-    bits: Bits = None,
-    copied: Copied = None,
+    bits: method_options.Bits = None,
+    copied: method_options.Copied = None,
 ) -> None:
     """Measure a model on text, for `--layer-scores` (prefill-pruning) or `--statistics` (channels).
 

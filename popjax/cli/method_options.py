@@ -47,6 +47,20 @@ Rest = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+# Of `calibrate scout`, which makes the copies, and of a plan, which counts them.
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="4, 6 or 8 (4): bits of a weight in the copies; scout.", rich_help_panel=_PANEL
+    ),
+]
+Copied = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the pruned layers that have copies (1), the others read gate and up whole: "
+        "with 6 bits 0.7 holds no more, and loses less at ratios up to 0.3; scout.",
+        rich_help_panel=_PANEL,
+    ),
+]
 
-
-__all__ = ["Ends", "MinTokens", "Rest", "Shared", "Unseen"]
+__all__ = ["Bits", "Copied", "Ends", "MinTokens", "Rest", "Shared", "Unseen"]

@@ -62,6 +62,8 @@ def plan(
     shared: method_options.Shared = None,
     ends: method_options.Ends = None,
     rest: method_options.Rest = None,
+    bits: method_options.Bits = None,
+    copied: method_options.Copied = None,
     context: Context = None,
     batch: Batch = 1,
     new_tokens: NewTokens = None,
@@ -76,7 +78,8 @@ def plan(
     Exits with 1 where the request does not fit, and names the nearest one that does.
     """
     own = {"min_tokens": min_tokens, "unseen": unseen, "shared": shared, "ends": ends, "rest": rest}
-    chosen = _method(method, ratio, model_ratio, {"gamma": gamma, "prefill": prefill, **own})
+    own |= {"bits": bits, "copied": copied, "gamma": gamma, "prefill": prefill}
+    chosen = _method(method, ratio, model_ratio, own)
     target = _whole_target(target)
     _check_sizes(dtype, context, new_tokens)
     with Status() as status:

@@ -75,6 +75,15 @@ def test_the_plan_of_a_scout(plan: Any) -> None:
     assert pruned["decode"]["temporaries"] < 2 * widened
 
 
+def test_the_plan_of_six_bits_in_one_layer(plan: Any) -> None:
+    """Of the inner two one has copies: three quarters of a byte a weight, and a scale a group."""
+    options = ("--method", "scout", "--ratio", "0.1", "--context", "1024", "--json")
+    form = ("--bits", "6", "--copied", "0.5")
+    dense, pruned = answered(plan(SMALL, "--target", "v5e", *options, *form))["forecasts"]
+    copies = 2 * 1536 * (576 * 6 // 8 + 2 * 576 // 64)
+    assert pruned["decode_held"]["weights"] == dense["decode_held"]["weights"] + copies
+
+
 def test_what_people_see(plan: Any) -> None:
     result = plan(SMALL, "--target", "v5e:2x2", "--method", "dense", "--context", "512")
     # Nine query heads over four chips.

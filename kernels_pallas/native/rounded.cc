@@ -21,9 +21,10 @@ namespace {
 
 constexpr int64_t kBlock = RoundedVectors::kBlock, kStep = RoundedVectors::kStep;
 constexpr float kLeast = 1e-30f;  // a block of smaller numbers is zeros
-// What the offsets of vectors, which are those of four-bit rows, count for others.
+// What the offsets of vectors, which are those of four-bit rows, count for others: 2 to that power.
 template <typename W>
-constexpr int kOffsets = W::kZero / Int4Rows::kZero;
+constexpr int kOffsets = W::kZero == Int4Rows::kZero ? 0 : 2;
+static_assert(Int6Rows::kZero == Int4Rows::kZero << kOffsets<Int6Rows>);
 
 // A row of a call: its place in memory, and which scale a weight has.
 template <typename W>
@@ -135,7 +136,7 @@ POPJAX_AVX2 POPJAX_INLINE void weights_avx2(const uint8_t* from, bool both, __m2
 struct DotAvx2 {
   template <typename W>
   POPJAX_AVX2 float operator()(const Stored<W>& row, const RoundedVectors::Vector& x) const {
-    const __m256i ones = _mm256_set1_epi16(1), times = _mm256_set1_epi32(kOffsets<W>);
+    const __m256i ones = _mm256_set1_epi16(1);
     __m256 sums = _mm256_setzero_ps();
     for (int64_t at = 0; at < row.width; at += 2 * kBlock) {
       const bool both = at + kBlock < row.width;
@@ -148,7 +149,7 @@ struct DotAvx2 {
           _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_loadu_si256(of_low)),
                            _mm256_maddubs_epi16(high, _mm256_loadu_si256(of_high)));
       const auto* held = reinterpret_cast<const __m256i*>(x.offsets + at / 8);
-      const __m256i offsets = _mm256_mullo_epi32(_mm256_loadu_si256(held), times);
+      const __m256i offsets = _mm256_slli_epi32(_mm256_loadu_si256(held), kOffsets<W>);
       const __m256i whole = _mm256_add_epi32(_mm256_madd_epi16(products, ones), offsets);
       const float first = row.scale(at);
       const __m256 scales =
@@ -216,8 +217,7 @@ POPJAX_VNNI POPJAX_INLINE void step_vnni(const Stored<W>* rows, const RoundedVec
   const auto few = static_cast<__mmask8>((1 << groups) - 1);
   const __m512i of_low = _mm512_loadu_si512(x.low + at / 2);
   const __m512i of_high = _mm512_loadu_si512(x.high + at / 2);
-  const __m512i offsets =
-      _mm512_mullo_epi32(_mm512_loadu_si512(x.offsets + at / 8), _mm512_set1_epi32(kOffsets<W>));
+  const __m512i offsets = _mm512_slli_epi32(_mm512_loadu_si512(x.offsets + at / 8), kOffsets<W>);
   const __m512 of_x = _mm512_loadu_ps(x.scales + at / 8);
   POPJAX_UNROLL
   for (int r = 0; r < R; ++r) {

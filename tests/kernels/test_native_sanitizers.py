@@ -1,33 +1,19 @@
-"""The CPU kernels under AddressSanitizer and UBSan, and as other compilers and machines see them.
+"""The CPU kernels under AddressSanitizer and UBSan.
 
-Slow: each test builds the library anew. What the kernels compute is tested beside this file.
+Slow: the library is built anew. What the kernels compute is tested beside this file.
 """
 
 import os
-import platform
-import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
-from kernels_pallas.native import build, library
+from kernels_pallas.native import build
+from tests.kernels.own_tests import KERNELS, OWN_CODE, pass_the_kernels_own_tests
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
-KERNELS = (
-    "test_row_products",
-    "test_selection",
-    "test_masked_mlp",
-    "test_decode_attention",
-    "test_ragged_decode",
-)
-# Where an instruction set or a compiler has code of its own; attention is templates of a width.
-OWN_CODE = ("test_row_products", "test_selection", "test_masked_mlp")
-# What XLA computes is not under test here.
-SELECT = ("-k", "not xla and not reference and not auto")
 # Two mistakes, built along: proof that the sanitizers look.
 MISTAKES = """
 #include <climits>
@@ -80,48 +66,8 @@ def test_the_sanitizers_find_a_mistake(
     assert done.returncode != 0 and report in done.stderr
 
 
-def pass_the_kernels_own_tests(
-    environment: dict[str, str], kernels: tuple[str, ...] = KERNELS
-) -> None:
-    tests = [str(Path(__file__).with_name(f"{name}.py")) for name in kernels]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *SELECT, *tests],
-        env=environment,
-        cwd=build.ROOT.parent,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert re.search(r"\d{3} passed", done.stdout)
-    assert "runtime error" not in done.stderr and "Sanitizer" not in done.stderr
-
-
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("isa", ["best", "plain"])
 def test_the_kernels_own_tests_under_sanitizers(isa: str, sanitized: dict[str, str]) -> None:
     kernels = OWN_CODE if isa == "plain" else KERNELS
     pass_the_kernels_own_tests({**sanitized, "POPJAX_ISA": isa}, kernels)
-
-
-def built_by_clang(target: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """The library as the clang of the package ziglang builds it for `target`."""
-    command = f"{shlex.quote(sys.executable)} -m ziglang c++ -target {target}"
-    monkeypatch.setenv("CXX", command)
-    build.build(path, jax.ffi.include_dir())
-    return path.read_bytes()
-
-
-def test_it_builds_for_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = built_by_clang("aarch64-linux-gnu", tmp_path / "aarch64.so", monkeypatch)
-    assert made[:4] == b"\x7fELF"
-    assert int.from_bytes(made[18:20], "little") == 183  # EM_AARCH64
-    assert all(target.encode() in made for target in library.TARGETS)
-
-
-@pytest.mark.timeout(1000)
-def test_clang_builds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "clang.so"
-    made = built_by_clang(f"{platform.machine()}-linux-gnu", path, monkeypatch)
-    assert all(target.encode() in made for target in library.TARGETS)
-    pass_the_kernels_own_tests({**os.environ, "POPJAX_NATIVE": str(path)}, OWN_CODE)

@@ -10,7 +10,7 @@ there is no catch-all.
     F FFN channels     R retained          C candidate         V vocabulary      L layers
     A gate width       Z sinks of a gate   P rows of learned positions
     E experts held     M channels of one expert     X experts that a router chooses among
-    U bytes of a row of a scout     W scales of one
+    U numbers that hold a row of a scout     W scales of one
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A scout says what every channel would be for a token before a row of the weights is read. It is
 arrays of an FFN's parameters, there only where it was added, so models without know nothing of it.
-Copies of six or eight bits in some of the layers hold no more than copies of four in all.
+Copies of six bits in 0.7 of the layers hold about as much as copies of four in all.
 Quantised to the nearest step, or by what the model reads on a text so that errors make up for each
 other; leaves out who chooses by it (`methods/scout.py`).
 """
@@ -288,7 +288,7 @@ def _forms(
     """Shape and dtype of every array of a scout with the bits and groups of its first layer."""
     name = f"layer_{first}/scout_up"
     scale = arrays[f"{name}_scale"]
-    group = config.embed_dim // max(1, *scale.shape[1:])
+    group = config.embed_dim // max((1, *scale.shape[1:]))
     try:
         bits = bits_of(arrays[name].dtype)
     except ValueError as error:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.row_products import STORED_BITS
 from popjax.bench import DENSE
 from popjax.methods import GateFirst, Method, OnlinePruning, Scout
 from popjax.scouts import make_scouts, with_scouts
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=[DEFAULT, RANDOM_1B])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--bits", type=int, choices=[4, 6, 8], default=4, help="of the scout")
+    parser.add_argument("--bits", type=int, choices=STORED_BITS, default=4, help="of the scout")
     parser.add_argument("--copied", type=float, default=1.0, help="share of layers with copies")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=256)

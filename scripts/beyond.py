@@ -30,7 +30,7 @@ from popjax.scouts import Scouts, load_scouts, make_scouts, with_scouts
 from scripts.quality import loaded_windows, progress, window_parser, write_json
 
 FAITHFUL = "online-pruning"
-# Has copies of its own, and is left out where it does not fit: from ratios of about 0.5 on.
+# Has copies of its own, and is left out where it does not fit: from ratios of about 0.6 on.
 PARTIAL = "scout, six bits in 0.7 of the layers"
 PARTIAL_FORM = {"bits": 6, "copied": 0.7}
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "native/isa.h"
 
@@ -19,12 +20,15 @@
 namespace popjax {
 namespace {
 
-constexpr int64_t kBlock = RoundedVectors::kBlock, kStep = RoundedVectors::kStep;
+constexpr int64_t kBlock = RoundedVectors::kBlock;
 constexpr float kLeast = 1e-30f;  // a block of smaller numbers is zeros
 // What the offsets of vectors, which are those of four-bit rows, count for others: 2 to that power.
 template <typename W>
 constexpr int kOffsets = W::kZero == Int4Rows::kZero ? 0 : 2;
 static_assert(Int6Rows::kZero == Int4Rows::kZero << kOffsets<Int6Rows>);
+
+template <typename W>
+constexpr bool kSix = std::is_same_v<W, Int6Rows>;
 
 // A row of a call: its place in memory, and which scale a weight has.
 template <typename W>
@@ -55,7 +59,7 @@ struct Plain {
       for (int64_t byte = 0; byte < 16; byte += 8) {
         const auto pairs = wide(loaded<Vector<uint8_t, 8>>(block + byte));
         auto low = pairs & 15, high = pairs >> 4;
-        if constexpr (W::kBlockBytes == Int6Rows::kBlockBytes) {
+        if constexpr (kSix<W>) {
           const auto lower = wide(loaded<Vector<uint8_t, 8>>(block + 16)) >> (byte / 8 * 2);
           low = (low << 2) | (lower & 3), high = (high << 2) | ((lower >> 4) & 3);
         }
@@ -118,7 +122,7 @@ POPJAX_AVX2 POPJAX_INLINE void weights_avx2(const uint8_t* from, bool both, __m2
                                             reinterpret_cast<const __m128i*>(from));
   *low = _mm256_and_si256(pairs, nibble);
   *high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble);
-  if constexpr (W::kBlockBytes == Int6Rows::kBlockBytes) {
+  if constexpr (kSix<W>) {
     const __m256i two = _mm256_set1_epi8(3);
     const __m256i shifts = _mm256_setr_epi64x(0, 2, 0, 2);
     int64_t lower[2];
@@ -163,6 +167,8 @@ struct DotAvx2 {
   }
 };
 
+constexpr int64_t kStep = RoundedVectors::kStep;
+
 // Which of the scales of a step each lane has.
 POPJAX_VNNI inline __m512i lane_scales(int64_t shift) {
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -187,7 +193,7 @@ POPJAX_VNNI POPJAX_INLINE void weights_vnni(const uint8_t* from, int64_t blocks,
                                             __m512i* high) {
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512i pairs = bytes_vnni<Whole>(from, blocks * W::kBlockBytes);
-  if constexpr (W::kBlockBytes == Int6Rows::kBlockBytes) {
+  if constexpr (kSix<W>) {
     const __m512i two = _mm512_set1_epi8(3), upper = _mm512_set1_epi8(60);
     const __m512i left = bytes_vnni<false>(
         from + 64, Whole ? 32 : std::max<int64_t>(blocks * W::kBlockBytes - 64, 0));
@@ -224,7 +230,7 @@ POPJAX_VNNI POPJAX_INLINE void step_vnni(const Stored<W>* rows, const RoundedVec
     const uint8_t* data = rows[r].block(at);
     const float* scale = rows[r].scales + group;
     __builtin_prefetch(rows[r].block(at + ahead), 0, 2);
-    if (W::kBlockBytes > 16) __builtin_prefetch(rows[r].block(at + ahead) + 64, 0, 2);
+    if constexpr (kSix<W>) __builtin_prefetch(rows[r].block(at + ahead) + 64, 0, 2);
     if (new_line) __builtin_prefetch(scale + (ahead >> shift), 0, 2);
     __m512i low, high;
     weights_vnni<W, Whole>(data, here / kBlock, &low, &high);

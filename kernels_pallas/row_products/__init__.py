@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from kernels_pallas.native.cost import prefers_native
 from kernels_pallas.row_products import native, reference, xla
 from kernels_pallas.row_products.quantized import (
+    STORED_BITS,
     QuantizedRows,
     bits_of,
     dequantized,
@@ -100,6 +101,7 @@ def _dense(w: jax.Array | QuantizedRows) -> jax.Array:
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "STORED_BITS",
     "QuantizedRows",
     "bits_of",
     "contract",

@@ -46,6 +46,9 @@ class QuantizedRows:
 Rows = jax.Array | QuantizedRows
 
 
+STORED_BITS = tuple(sorted(_STORED))
+
+
 def bits_of(dtype: jnp.dtype) -> int:
     """Bits of a weight in rows whose values are stored in `dtype`.
 

@@ -48,7 +48,8 @@ Ends = Annotated[
     str | None,
     typer.Option(
         help="dense or pruned (dense): with pruned also the first and the last layer have copies, "
-        "which a run with --ends pruned needs; scout."
+        "which a run with --ends pruned needs; scout.",
+        rich_help_panel="Method",
     ),
 ]
 

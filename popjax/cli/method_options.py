@@ -58,7 +58,7 @@ Copied = Annotated[
     float | None,
     typer.Option(
         help="Share of the pruned layers that have copies (1), the others read gate and up whole: "
-        "with 6 bits 0.7 holds no more, and loses less at ratios up to 0.3; scout.",
+        "with 6 bits 0.7 holds about as much, and loses less at a ratio of 0.25; scout.",
         rich_help_panel=_PANEL,
     ),
 ]

@@ -71,6 +71,7 @@ def fitted(method: Method, model: LanguageModel) -> Method:
 
 def scout_form(ends: str | None, bits: int | None, copied: float | None) -> dict[str, Any]:
     """`ends`, `bits` and `copied` of `make_scouts`; wrong usage for what it does not take."""
+    from kernels_pallas.row_products import STORED_BITS
     from popjax.methods.row_budgets import ENDS
     from popjax.scouts import BITS, check_copied
 
@@ -78,7 +79,7 @@ def scout_form(ends: str | None, bits: int | None, copied: float | None) -> dict
         raise typer.BadParameter(
             f"ends {ends!r} is unknown: use one of {ENDS}", param_hint="--ends"
         )
-    if bits not in (None, 4, 6, 8):
+    if bits is not None and bits not in STORED_BITS:
         raise typer.BadParameter(f"bits {bits} are not offered: use 4, 6 or 8", param_hint="--bits")
     try:
         check_copied(1.0 if copied is None else copied)

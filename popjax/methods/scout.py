@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masked_mlp import Selection
+from kernels_pallas.row_products import STORED_BITS
 from popjax import scouts
 from popjax.config import LayerConfig, ModelConfig
 from popjax.methods.method import LayerActs, Method, check_share
@@ -82,18 +83,16 @@ class Scout(Method):
             raise ValueError(f"ends {self.ends!r} is unknown: use one of {ENDS}")
         if self.rest not in RESTS:
             raise ValueError(f"rest {self.rest!r} is unknown: use one of {RESTS}")
-        whole = all(type(count) is int for count in (self.bits, self.group))
-        power = whole and self.group >= 32 and not self.group & self.group - 1
-        if not power or self.bits not in (4, 6, 8):
-            raise ValueError(
-                f"bits {self.bits!r} in groups of {self.group!r} make no scout: use 4, 6 or 8, "
-                "and a power of two from 32 on"
-            )
+        if type(self.bits) is not int or self.bits not in STORED_BITS:
+            raise ValueError(f"bits {self.bits!r} make no scout: use 4, 6 or 8")
+        group = self.group
+        if type(group) is not int or group < 32 or group & group - 1:
+            raise ValueError(f"group {group!r} makes no scout: use a power of two from 32 on")
         scouts.check_copied(self.copied)
         if self.copied < 1 and self.rest == "off":
             raise ValueError(
-                f"rest 'off' lets exact channels on alone, and with copied {self.copied} layers "
-                "that have copies evaluate one: leave one of the two out"
+                f"rest 'off' lets exact channels on alone, and with copied {self.copied:.3g} "
+                "layers that have copies evaluate few: leave one of the two out"
             )
 
     def for_model(self, config: ModelConfig) -> Scout:

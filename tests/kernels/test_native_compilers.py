@@ -35,6 +35,7 @@ def test_it_builds_for_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.timeout(1000)
 def test_clang_builds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the plain kernels: at run time the package's library says that it knows no other set."""
     path = tmp_path / "clang.so"
     made = built_by_clang(f"{platform.machine()}-linux-gnu", path, monkeypatch)
     assert all(target.encode() in made for target in library.TARGETS)

@@ -26,7 +26,7 @@ from kernels_pallas.native import build, library
 
 # Every kernel once, on more work than one thread takes: arrays by name, into the file argv[1].
 COMPUTE = """
-import os, sys
+import itertools, os, sys
 if os.environ.get("ONE_CORE"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, jax.numpy as jnp, numpy as np
@@ -47,7 +47,8 @@ F, D, B = 1501, 224, 5
 x, h, w = normal(B, D), normal(B, F), normal(F, D)
 rows = jnp.asarray(np.stack([rng.permutation(F) for _ in range(B)]), jnp.int32)
 counts = jnp.asarray([0, 1, 700, F, 33])
-kinds = {"f32": w, "bf16": w.astype("bfloat16"), "int8": quantized(w, 8), "int4": quantized(w, 4)}
+kinds = {"f32": w, "bf16": w.astype("bfloat16")}
+kinds |= {f"int{bits}": quantized(w, bits) for bits in (8, 6, 4)}
 for name, matrix in kinds.items():
     out["expand " + name] = expand_rows(x, matrix, rows, counts, "native")
     out["contract " + name] = contract_rows(h, matrix, rows, counts, "native")
@@ -60,16 +61,18 @@ def integers(most, group, *shape):
     values = rng.integers(-most, most + 1, shape)
     values[..., ::group] = most
     return jnp.asarray(values, jnp.float32)
-for D, group in ((32, 32), (96, 32), (192, 64), (288, 32), (384, 128)):
+widths = (32, 32), (96, 32), (192, 64), (288, 32), (384, 128)
+for bits, (D, group) in itertools.product((4, 6), widths):
+    most = 2 ** (bits - 1) - 1
     vectors, zeros = integers(127, 32, B, 1, D), jnp.zeros((D + 3, D))
-    copies = [quantized(integers(7, group, D + 3, D), 4, group) for _ in range(2)]
+    copies = [quantized(integers(most, group, D + 3, D), bits, group) for _ in range(2)]
     choice = Selection(num_candidate=D + 3, k_selected=D + 3, exact=0)
-    out[f"foretold {D}"], _ = masked_mlp(
+    out[f"foretold {bits} {D}"], _ = masked_mlp(
         vectors, zeros, zeros, jnp.eye(D + 3, D), activation="relu", selection=choice,
         scout=copies, implementation="native",
     )
     g, u = (np.asarray(vectors[:, 0]) @ np.asarray(dequantized(w))[:D].T for w in copies)
-    out[f"plain {D}"] = (np.maximum(g, 0) * u)[:, None]
+    out[f"plain {bits} {D}"] = (np.maximum(g, 0) * u)[:, None]
 for point in POINTS:
     selection = Selection(num_candidate=F, k_selected=F // 3, point=point)
     y, mask = masked_mlp(
@@ -162,7 +165,7 @@ def test_every_instruction_set(
     arrays, name = compute(tmp_path, POPJAX_ISA=isa)
     assert name == SETS[min(at_most, SETS.index(native.status().instruction_set))]
     exact = [key for key in arrays if key.startswith("foretold")]
-    assert len(exact) == 5
+    assert len(exact) == 10
     for key in exact:
         wanted = arrays[key.replace("foretold", "plain")]
         assert (arrays[key] == wanted).all() and (computed[key] == wanted).all()

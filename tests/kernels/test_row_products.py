@@ -29,7 +29,7 @@ from kernels_pallas.row_products import (
 products = {
     function: jax.jit(function, static_argnums=4) for function in (expand_rows, contract_rows)
 }
-KINDS = ("float32", "bfloat16", "int8", "int4")
+KINDS = ("float32", "bfloat16", "int8", "int6", "int4")
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 SIZES = st.one_of(st.integers(1, 9), st.sampled_from([31, 33, 63, 67, 129, 545]))
 

@@ -34,6 +34,8 @@ def negative(array: Any) -> Any:
         ("scout_gate", None, "'layer_1/scout_gate' shows"),
         ("scout_up_scale", lambda a: a.astype(jnp.bfloat16), r"scale' is bfloat16\[4[08], 1\]"),
         ("scout_up_scale", lambda a: a.reshape(2, -1), r"scale' is float32\[2, 2[04]\]"),
+        ("scout_up_scale", lambda a: a[:, 0], r"scale' is float32\[4[08]\]"),
+        ("scout_up_scale", lambda a: a[0, 0], r"scale' is float32\[\]"),
         ("scout_up_scale", lambda a: a * jnp.nan, "scale' has scales that are negative or not"),
         ("scout_gate_scale", lambda a: a + jnp.inf, "scale' has scales that are negative or not"),
         ("scout_gate_scale", negative, "scale' has scales that are negative or not"),

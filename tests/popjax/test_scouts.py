@@ -334,10 +334,10 @@ def test_models_it_cannot_serve(config: ModelConfig, method: Scout, complaint: s
         ({"ratio": 0.5, "ends": "open"}, "ends 'open' is unknown"),
         ({"ratio": 0.5, "rest": "some"}, "rest 'some' is unknown"),
         ({"ratio": np.float32(0.3)}, r"is a float32: give a Python number in 0\.\.1"),
-        ({"ratio": 0.5, "bits": 3}, "bits 3 in groups of 64 make no scout"),
-        ({"ratio": 0.5, "bits": 4.0}, "bits 4.0 in groups of 64 make no scout"),
-        ({"ratio": 0.5, "group": 48}, "in groups of 48 make no scout"),
-        ({"ratio": 0.5, "group": "64"}, "in groups of '64' make no scout"),
+        ({"ratio": 0.5, "bits": 3}, "bits 3 make no scout: use 4, 6 or 8"),
+        ({"ratio": 0.5, "bits": 4.0}, "bits 4.0 make no scout"),
+        ({"ratio": 0.5, "group": 48}, "group 48 makes no scout"),
+        ({"ratio": 0.5, "group": "64"}, "group '64' makes no scout"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, Any], complaint: str) -> None:

@@ -21,8 +21,8 @@ KERNELS = (
     "kernels/test_decode_attention.py",
     "kernels/test_ragged_decode.py",
 )
-# What XLA computes, Pallas kernels among it, is not under test here, nor what Python refuses.
-OTHERS = ("xla", "reference", "auto", "pallas", "tiles", "refused", "half_a_step")
+# What XLA computes, Pallas kernels among it, is not under test here.
+OTHERS = ("xla", "reference", "auto", "pallas", "tiles", "half_a_step")
 SELECT = ("-k", " and ".join(f"not {word}" for word in OTHERS))
 
 

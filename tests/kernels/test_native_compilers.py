@@ -18,19 +18,16 @@ from tests.kernels.own_tests import OWN_CODE, pass_the_kernels_own_tests
 pytestmark = pytest.mark.slow
 
 
-def built_by_clang(
-    target: str, path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...] = ()
-) -> bytes:
+def built_by_clang(target: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """The library as the clang of the package ziglang builds it for `target`."""
     command = f"{shlex.quote(sys.executable)} -m ziglang c++ -target {target}"
     monkeypatch.setenv("CXX", command)
-    build.build(path, jax.ffi.include_dir(), flags=flags)
+    build.build(path, jax.ffi.include_dir())
     return path.read_bytes()
 
 
 def test_it_builds_for_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "aarch64.so"
-    made = built_by_clang("aarch64-linux-gnu", path, monkeypatch, flags=("-O0",))  # never run
+    made = built_by_clang("aarch64-linux-gnu", tmp_path / "aarch64.so", monkeypatch)
     assert made[:4] == b"\x7fELF"
     assert int.from_bytes(made[18:20], "little") == 183  # EM_AARCH64
     assert all(target.encode() in made for target in library.TARGETS)
